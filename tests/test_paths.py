@@ -1,0 +1,85 @@
+"""Paths: endpoints and predictions are inverse to one another, and the gain is the derivative it claims to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from visalign.paths import Flow, Path, VariancePreserving, combine, endpoints, expand, gain, mix, prediction_from
+
+TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+CASES: dict[str, tuple[Path, Tensor]] = {
+    "flow": (Flow(), torch.tensor([1.0, 0.7, 0.01], dtype=torch.float64)),
+    "epsilon": (VariancePreserving(TABLE, "epsilon"), torch.tensor([999.0, 400.5, 0.0], dtype=torch.float64)),
+    "v": (VariancePreserving(TABLE, "v"), torch.tensor([999.0, 400.5, -1.0], dtype=torch.float64)),
+}
+
+
+def latents(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip_through_the_prediction(name: str) -> None:
+    path, t = CASES[name]
+    clean, noise = latents(0), latents(1)
+    found = endpoints(path, mix(path, clean, noise, t), prediction_from(path, clean, noise, t), t)
+    assert_close(found, (clean, noise), rtol=0, atol=1e-12)
+
+
+def test_predictions_are_the_published_ones() -> None:
+    clean, noise = latents(0), latents(1)
+    path, t = CASES["flow"]
+    assert_close(prediction_from(path, clean, noise, t), noise - clean)
+    path, t = CASES["epsilon"]
+    assert_close(prediction_from(path, clean, noise, t), noise)
+    path, t = CASES["v"]
+    alpha, sigma = (expand(value, clean) for value in path.coefficients(t))
+    assert_close(prediction_from(path, clean, noise, t), alpha * noise - sigma * clean)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gain_is_the_derivative_of_the_mean(name: str) -> None:
+    path, t = CASES[name]
+    prediction = latents(1).requires_grad_()
+    a, c = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64), torch.tensor([0.2, -0.3, 0.8], dtype=torch.float64)
+    combine(path, latents(0), prediction, a, c, t).sum().backward()
+    assert prediction.grad is not None
+    assert_close(prediction.grad, expand(gain(path, a, c, t), prediction).expand_as(prediction), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gain_in_the_closed_form_of_each_prediction(name: str) -> None:
+    path, t = CASES[name]
+    alpha, sigma = path.coefficients(t)
+    want = 0.3 - 0.6 * sigma / alpha if name == "epsilon" else 0.3 * alpha - 0.6 * sigma
+    assert_close(gain(path, 0.6, 0.3, t), want, rtol=1e-12, atol=1e-12)
+
+
+def test_gain_of_euler_is_the_step() -> None:
+    t, t_next = torch.tensor([1.0, 0.5], dtype=torch.float64), torch.tensor([0.8, 0.0], dtype=torch.float64)
+    assert_close(gain(Flow(), 1 - t_next, t_next, t), t_next - t)
+
+
+def test_table_times() -> None:
+    path = VariancePreserving(TABLE)
+    t = torch.tensor([999.0, 10.0, 10.25, 0.0, -1.0, -99.0], dtype=torch.float64)
+    square = path.coefficients(t)[0].square()
+    assert_close(square, torch.stack([TABLE[999], TABLE[10], TABLE[10].lerp(TABLE[11], 0.25), TABLE[0], *torch.ones(2).double()]))
+    assert path.coefficients(t.float())[1].dtype == torch.float32
+
+
+def test_one_time_for_all_samples_and_half_precision_inputs() -> None:
+    x, prediction = latents(0, torch.bfloat16), latents(1, torch.bfloat16)
+    clean, noise = endpoints(Flow(), x, prediction, torch.tensor(0.3))
+    assert clean.dtype == noise.dtype == torch.float32
+    assert_close(clean, x.float() - 0.3 * prediction.float())
+    assert_close(noise, x.float() + 0.7 * prediction.float())
+
+
+@pytest.mark.parametrize("table", [torch.tensor([0.1, 0.9]), torch.tensor([1.5, 0.9]), torch.rand(2, 2)])
+def test_bad_table(table: Tensor) -> None:
+    with pytest.raises(ValueError, match="decrease"):
+        VariancePreserving(table)

@@ -1,0 +1,174 @@
+"""The report stands alone, shows every number and picture, and is well-formed."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from visalign import report
+from visalign.errors import UserError
+from visalign.tracking import Tracker
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order and gathers what a browser would fetch."""
+
+    VOID = frozenset({"meta", "img", "path", "circle", "rect"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def run(folder: Path, steps: int = 60) -> Path:
+    tracker = Tracker(folder)
+    for step in range(steps + 1):
+        row = {"seconds": 2.0, "images": 96, "nfe": 10.0} if step else {"base/eval/toybox@4": 0.61}
+        if step:
+            row |= {"reward/mean": 0.5 + step / 200, "reward/toybox": 0.5 + step / 200, "reward/clip": 20.0 + math.sin(step)}
+            row |= {
+                "loss": 1e-5 * (-1) ** step,
+                "kl": math.nan,
+                "clip/high": 0.1,
+                "clip/low": 0.2,
+                "custom": 1.0,
+                "grad_norm": 1.0 + 99 * (step == 9),
+            }
+        if step % 20 == 0:
+            row |= {"eval/toybox": 0.5 + step / 300, "eval/diversity": 0.3, "image/dark": 0.1, "image/dark_std": 0.05}
+        tracker.log(step, row)
+    tracker.close()
+    return folder
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    folder = run(tmp_path / "my <run>")
+    (folder / "config.yaml").write_text("trainer:\n  name: flow_grpo\nrewards:\n  toybox:\n    use: toybox  # a & b\n")
+    (folder / "samples").mkdir()
+    for step in (0, 20, 60):
+        Image.new("RGB", (40, 40), "red").save(folder / "samples" / f"step_{step:06d}.png")
+    path = report.write(folder)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert path == folder / "report.html"
+    assert not page.open
+    assert "script" not in page.tags
+    assert len(page.fetched) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert "<h1>my &lt;run&gt;</h1>" in text
+    assert "flow_grpo · rewards: toybox" in text
+    assert "a &amp; b" in text
+    assert "<i>0.5 →</i> 0.7</b>" in text
+    assert "base at its best guidance 0.61" in text
+    assert "2.0 min" in text
+    assert "57.6 k" in text  # network evaluations: 60 × 96 × 10
+    assert text.index("step 60") < text.index("Earlier pictures (2)") < text.index("step 20<")
+    assert "No alarm" in text
+
+
+def test_charts(tmp_path: Path) -> None:
+    text = report.write(run(tmp_path)).read_text(encoding="utf-8")
+    charts = re.findall(r'aria-label="([^"]*)"', text)
+    assert charts == [
+        "reward/mean",
+        "reward/clip",
+        "eval/toybox",
+        "loss",
+        "grad_norm",
+        "clip/low, clip/high",
+        "eval/diversity",
+        "image/dark",
+    ] + [
+        "seconds",
+        "nfe",
+        "images",
+        "custom",
+    ]  # no chart for reward/toybox (the mean again), kl (never finite), the base's scan or a spread over pictures
+    assert "<title>eval/toybox, step 20: 0.56667</title>" in text
+    assert "nan" not in re.sub(r'="[^"]*"', lambda match: match[0] if " d=" in match[0] else "", text).lower().replace("finance", "")
+    for coordinates in re.findall(r' d="([^"]*)"', text):
+        assert "nan" not in coordinates
+        assert "inf" not in coordinates
+
+
+def test_alarms_are_shown(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    for step in range(5):
+        tracker.log(step, {"zero_spread/toybox": 0.9})
+    tracker.close()
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert 'class="alarms"><li>Groups without signal: zero_spread/toybox is 90%' in text
+
+
+def test_a_run_that_has_hardly_begun(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        report.write(tmp_path)
+    Tracker(tmp_path).close()
+    assert "No steps yet" in report.write(tmp_path).read_text(encoding="utf-8")
+    tracker = Tracker(tmp_path)
+    tracker.log(0, {"eval/toybox": 0.0, "loss": 0.0})
+    tracker.close()
+    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == 4
+
+
+def test_many_pictures_are_thinned_and_sorted_by_number(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    for step in range(0, 300, 10):
+        Image.new("RGB", (2, 2)).save(tmp_path / "samples" / f"step_{step}.png")
+    figures = report._samples(tmp_path / "samples")
+    assert len(figures) == 8
+    assert "step 290" in figures[0]
+    assert "step 0" in figures[-1]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0, 1, ["0.0", "0.5", "1.0"]),
+        (0.9998, 1.0002, ["0.9998", "0.9999", "1.0000", "1.0001", "1.0002"]),
+        (0, 3e-4, ["0", "1e-4", "2e-4", "3e-4"]),
+        (0, 40_000, ["0", "10 k", "20 k", "30 k", "40 k"]),
+        (-5, 5, ["-4", "-2", "0", "2", "4"]),
+    ],
+)
+def test_axis_labels(low: float, high: float, labels: list[str]) -> None:
+    found = [label for _, label in report._Axis([low, high], 0, 100, 0).ticks(4)]
+    assert found == labels
+
+
+def test_a_constant_curve_has_an_axis() -> None:
+    for value in (0.0, 3.0, -2e-5):
+        axis = report._Axis([value], 100, 0, 0.06)
+        assert axis(value) == pytest.approx(50)
+        assert axis.ticks(4)
+
+
+def test_smoothing_does_not_lag_and_binning_keeps_the_mean() -> None:
+    line = [(float(n), 2.0 * n) for n in range(100)]
+    assert report._smoothed(line) == pytest.approx(line)
+    binned = report._binned(line, 30)
+    assert len(binned) <= 30
+    assert sum(value for _, value in binned[:-1]) / (len(binned) - 1) == pytest.approx(2 * sum(range(96)) / 96)

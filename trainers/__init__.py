@@ -1,0 +1,1 @@
+"""Trainers: every file is an algorithm; `visalign list trainers` lists them."""

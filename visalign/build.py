@@ -1,0 +1,107 @@
+"""From a recipe to a trainer that is ready to `fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from visalign import checkpoint, prompts, registry
+from visalign.config import Config, load
+from visalign.distributed import Processes
+from visalign.errors import UserError
+from visalign.policy import Policy
+from visalign.trainer import Session, Trainer
+
+
+def trainer(config: Config) -> Trainer:
+    """Load everything a recipe names, and write the run folder's config.yaml.
+
+    Raises:
+        UserError: whatever the user can mend, before anything is trained.
+    """
+    kind = registry.load("trainers", config.trainer.name)
+    if not config.rewards:
+        raise UserError("rewards: none given; name at least one, such as rewards.toybox=1.0")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    train_prompts, test_prompts = prompts.load(config.prompts.train), prompts.load(config.prompts.test)
+    processes = Processes(config.run.device, config.policy.precision)
+    learner = policy(config, processes.device)
+    rewards = registry.build_panel(config.rewards, config.policy.model, processes.device)
+    for alias, reward in rewards.rewards.items():
+        if getattr(reward, "held_out_only", False):
+            raise UserError(f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)")
+    judges = registry.build_panel(config.eval.rewards or config.rewards, config.policy.model, processes.device)
+    built = kind(Session(config, processes, learner, rewards, judges, train_prompts, test_prompts))
+    if processes.main:
+        write_config(config)
+    processes.wait()
+    return built
+
+
+def policy(config: Config, device: torch.device) -> Policy:
+    """The recipe's policy on a device, with its adapter or its whole network set to learn."""
+    section = config.policy
+    options = dict(section.options) | ({"resolution": section.resolution} if section.resolution else {})
+    loaded = registry.load_policy(section.model, section.family, section.precision, section.dtype, **options)
+    torch.manual_seed(config.run.seed)  # the adapter's first weights
+    if section.lora:
+        loaded.add_lora(section.lora.rank, section.lora.alpha, section.lora.targets)
+    else:
+        loaded.family.network.requires_grad_(True)
+    if section.gradient_checkpointing:
+        loaded.enable_gradient_checkpointing()
+    return loaded.to(device)
+
+
+def write_config(config: Config) -> None:
+    """The resolved recipe as config.yaml in the run folder."""
+    folder = Path(config.run.path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"run.path: cannot write to {folder} ({error.strerror}); choose another folder") from None
+
+
+def restore(run: Path, device: torch.device) -> Policy:
+    """The policy of a run with its newest checkpoint's averaged weights (or the trained ones, without an average)."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder: it has no config.yaml")
+    recipe = load(run / "config.yaml")
+    saved = checkpoint.found(run / "checkpoints")
+    if not saved:
+        raise UserError(f"{run} has no checkpoint yet; let it run to its first one (run.checkpoint_every={recipe.run.checkpoint_every})")
+    stem = "trainable" if recipe.policy.ema is None else "average"
+    values = checkpoint.load(saved[-1], [stem])[0][stem]
+    loaded = policy(recipe, device)
+    with torch.no_grad():
+        for name, parameter in loaded.named_trainable().items():
+            parameter.copy_(values[name])
+    return loaded
+
+
+def export(policy: Policy, folder: Path, merge: bool = False) -> str:
+    """Write a policy as stock diffusers weights; says which kind: "adapter" or "pipeline".
+
+    Args:
+        merge: write the whole pipeline with the adapter merged into it.
+    """
+    network: Any = policy.family.network
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from None
+    if policy.lora and not merge:
+        from peft import get_peft_model_state_dict
+
+        policy.family.save_adapter(folder, get_peft_model_state_dict(network))
+        return "adapter"
+    if policy.lora:
+        network.fuse_lora()
+        network.unload_lora()
+    policy.family.save(folder)
+    return "pipeline"

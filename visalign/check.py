@@ -1,0 +1,216 @@
+"""`visalign check [CONFIG]`: an executable preflight on the recipe's own model, rewards and trainer; one line per check with its figure."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from visalign import build, sampling
+from visalign.config import Config
+from visalign.noise import gaussian
+from visalign.rollout import Prompts, Rollout
+from visalign.scoring import RewardInput
+from visalign.trainer import Trainer
+
+STOCK_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}  # pictures are in [0, 1]
+REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}  # with several timesteps in one forward; at the rollout's shape it is 0
+
+
+class Failed(Exception):
+    """A check's own verdict; the message holds its figure."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    passed: bool
+    figure: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name:<22} {self.figure}"
+
+
+def run(config: Config) -> Iterator[Finding]:
+    """Every check in turn, on small batches of the recipe's own model and rewards; the run folder is not touched."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build.trainer(small(config, Path(folder)))
+        rollout = None
+        for name, check in CHECKS.items():
+            try:
+                if rollout is None and name != "stock pipeline":
+                    rollout = collected(trainer)
+                yield Finding(name, True, check(trainer, rollout))
+            except Failed as failure:
+                yield Finding(name, False, str(failure))
+
+
+def small(config: Config, folder: Path) -> Config:
+    """The recipe with the least geometry that still has groups: one prompt per process, groups of two."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch and torchrun
+    options = config.trainer.options | {"prompts": world, "group_size": 2, "micro_batch": 2, "updates": 1}
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"path": folder, "resume": "never"}),
+            "trainer": type(config.trainer).model_validate({"name": config.trainer.name} | options),
+            "prompts": config.prompts.model_copy(update={"balance": None}),
+            "log": [],
+        }
+    )
+
+
+
+def collected(trainer: Trainer) -> Rollout:
+    """A rollout whose advantages are +1, -1: replay and gradients must not depend on a reward's spread."""
+    rollout = trainer.collect(trainer.draw(1), 1)
+    signs = torch.tensor([1.0, -1.0], device=trainer.device).repeat(len(rollout.prompts) // 2)
+    columns = rollout.trajectory.log_probs.shape[1]
+    return replace(rollout, advantages=signs[:, None].repeat(1, columns))
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def stock(trainer: Trainer, rollout: Rollout | None) -> str:
+    """Our noise-free sample equals the stock pipeline's, from the same noise."""
+    policy, section = trainer.policy, trainer.config.policy
+    prompts = Prompts.of(trainer.session.test_prompts.texts[:2])
+    ours = sampling.pictures(policy, prompts, steps=section.steps, seed=0, guidance=section.guidance)
+    noise = gaussian(policy.family.latent_shape, 0, prompts.noise_ids, 0, device=policy.device)
+    try:
+        theirs = policy.family.stock(prompts.texts, noise, section.steps, section.guidance)
+    except NotImplementedError as reason:
+        return f"skipped: {reason}"
+    limit = max(STOCK_TOLERANCE[section.precision], STOCK_TOLERANCE[section.dtype])
+    return _within("max |Δ|", (ours - theirs.to(ours)).abs().max().item(), limit)
+
+
+def ratio(trainer: Trainer, rollout: Rollout | None) -> str:
+    """Replay at the rollout's batch shape gives the rollout's log-probabilities to the bit."""
+    return _within("max |ratio - 1|", _deviation(trainer, rollout, 1), 0.0)
+
+
+def stacked(trainer: Trainer, rollout: Rollout | None) -> str:
+    """Replay with all recorded timesteps in one forward: another batch shape, within rounding."""
+    assert rollout is not None
+    columns = rollout.trajectory.log_probs.shape[1]
+    if columns == 1:
+        return "skipped: one recorded timestep"
+    limit = REPLAY_TOLERANCE[trainer.config.policy.precision]
+    return _within(f"max |ratio - 1| with {columns} timesteps stacked", _deviation(trainer, rollout, columns), limit)
+
+
+def gradient(trainer: Trainer, rollout: Rollout | None) -> str:
+    """Every term of the loss reaches the weights; judged slightly off the start, where a penalty against the start is not 0."""
+    assert rollout is not None
+    start = [p.detach().clone() for p in trainer.parameters]
+    with torch.no_grad():
+        for parameter in trainer.parameters:
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    silent = replace(rollout, advantages=torch.zeros_like(_advantages(rollout)))
+    terms = {"policy": rollout} | ({"kl": silent} if getattr(trainer.settings, "kl", 0) else {})
+    norms: dict[str, float] = {}
+    for name, source in terms.items():
+        for batch in next(trainer.minibatches(source, 1)):
+            trainer.processes.accelerator.backward(trainer.loss(batch).value)
+        norms[name] = float(torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm())
+        trainer.optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter, value in zip(trainer.parameters, start, strict=True):
+            parameter.copy_(value)
+    figure = ", ".join(f"{name} {norm:.2e}" for name, norm in norms.items())
+    if not all(0 < norm < float("inf") for norm in norms.values()):
+        raise Failed(f"gradient norm: {figure}; expected finite and above 0")
+    return f"gradient norm: {figure}"
+
+
+def groups(trainer: Trainer, rollout: Rollout | None) -> str:
+    """The recipe's own geometry: every group whole and on one process."""
+    wanted = trainer.settings.group_size
+    drawn = trainer.draw(1)
+    sizes = drawn.groups.unique(return_counts=True)[1]
+    texts = [len({drawn.texts[int(n)] for n in (drawn.groups == g).nonzero()}) for g in drawn.groups.unique()]
+    if not (sizes == wanted).all() or any(n != 1 for n in texts):
+        raise Failed(f"group sizes {sizes.tolist()} with {texts} different prompts; expected {wanted} pictures of one prompt")
+    return f"{len(sizes)} of {wanted} pictures on each of {trainer.processes.count} processes"
+
+
+def rewards(trainer: Trainer, rollout: Rollout | None) -> str:
+    """Scores lie in the promised range, all succeed, and a second scoring agrees."""
+    assert rollout is not None
+    batch = RewardInput(rollout.images, rollout.prompts.texts, rollout.prompts.metadata, groups=rollout.prompts.groups)
+    notes: list[str] = []
+    with torch.no_grad():
+        again = trainer.session.rewards.score(batch).by_name()
+    for alias, reward in trainer.session.rewards.rewards.items():
+        scores, (low, high) = rollout.rewards[alias], reward.spec.range
+        valid = scores[scores.isfinite()]
+        if len(valid) < len(scores):
+            raise Failed(f"{alias}: {len(scores) - len(valid)} of {len(scores)} scores failed")
+        if not ((valid >= low) & (valid <= high)).all():
+            raise Failed(f"{alias}: {valid.min():.4g} … {valid.max():.4g} lies outside its range [{low:g}, {high:g}]")
+        change = (again[alias] - scores).abs().max().item()
+        if reward.spec.deterministic and change > 1e-5:
+            raise Failed(f"{alias}: scoring the same pictures again changed a score by {change:.2e}")
+        notes.append(f"{alias} {valid.min():.3g} … {valid.max():.3g}, spread {valid.std(correction=0):.2g}, re-scored Δ {change:.0e}")
+    return "; ".join(notes)
+
+
+def resume(trainer: Trainer, rollout: Rollout | None) -> str:
+    """Save, step, load, step again: the same weights to the bit."""
+    assert rollout is not None
+    trainer.learn(rollout, 1)
+    trainer.save(1)
+    trainer.learn(rollout, 2)
+    once = [p.detach().clone() for p in trainer.parameters]
+    trainer.load(trainer.config.run.path / "checkpoints" / "step_1")
+    trainer.learn(rollout, 2)
+    difference = max((a - b).abs().max().item() for a, b in zip(once, trainer.parameters, strict=True))
+    return _within("max |Δ weight|", difference, 0.0)
+
+
+def ranks(trainer: Trainer, rollout: Rollout | None) -> str:
+    """All processes hold the same weights after an update."""
+    total = torch.stack([p.detach().double().sum() for p in trainer.parameters]).sum()
+    sums = trainer.processes.gather(total[None])
+    return _within(f"{trainer.processes.count} processes, max |Δ sum of weights|", (sums - sums[0]).abs().max().item(), 0.0)
+
+
+CHECKS: dict[str, Callable[[Trainer, Rollout | None], str]] = {
+    "stock pipeline": stock,
+    "replay": ratio,
+    "replay, stacked": stacked,
+    "gradients": gradient,
+    "groups": groups,
+    "rewards": rewards,
+    "save and resume": resume,
+    "ranks agree": ranks,
+}
+
+
+def _advantages(rollout: Rollout) -> Tensor:
+    assert rollout.advantages is not None
+    return rollout.advantages
+
+
+def _deviation(trainer: Trainer, rollout: Rollout | None, stack: int) -> float:
+    """Largest |ratio - 1| of a replay with `stack` timesteps a forward, no update in between."""
+    assert rollout is not None
+    rows = torch.arange(len(rollout.prompts), device=trainer.device)
+    columns = torch.arange(rollout.trajectory.log_probs.shape[1], device=trainer.device)
+    worst = torch.zeros((), device=trainer.device)
+    for micro in rows.split(trainer.settings.micro_batch):
+        for some in columns.split(stack):
+            worst = torch.maximum(worst, trainer.loss(rollout.transitions(micro, some)).metrics["ratio/max_deviation"])
+    return trainer.processes.max(worst).item()
+
+
+def _within(what: str, value: float, limit: float) -> str:
+    if not value <= limit:
+        raise Failed(f"{what} = {value:.2e}, limit {limit:.0e}")
+    return f"{what} = {value:.2e} (limit {limit:.0e})"

@@ -1,0 +1,197 @@
+"""The `visalign` command: train, check, evaluate, score, export, list."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from visalign.errors import UserError
+
+LATER = {  # commands whose issue has not been built yet: they say so rather than be missing
+    "sample": "reward-guided sampling; until then: visalign.sample(policy, prompts, reward=…) in Python draws and scores",
+    "plan": "the planner of memory and time",
+    "demo": "the Gradio demo",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line that names the offending word, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())} (see visalign --help)")
+
+
+def parser() -> Parser:
+    """Every command with its options."""
+    top = Parser("visalign", description="Align image and video generators with reward models.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    recipe = {"nargs": "*", "metavar": "[CONFIG] [key.sub=value …]", "help": "a recipe (default: toybox) and overrides"}
+    commands.add_parser("train", help="train by a recipe").add_argument("words", **recipe)
+    commands.add_parser("check", help="preflight: is this recipe's training correct?").add_argument("words", **recipe)
+    one = commands.add_parser("evaluate", help="judge a recipe's base model, or a run")
+    one.add_argument("source", help="a recipe or a run folder")
+    one.add_argument("--reward", action="append", default=[], metavar="NAME[=WEIGHT]", help="judges (default: the recipe's eval.rewards)")
+    one.add_argument("--images", type=int, help="pictures (default: the recipe's)")
+    one.add_argument("--guidance", type=float)
+    one.add_argument("--out", type=Path, help="write the figures as JSON here")
+    one = commands.add_parser("score", help="score picture files")
+    one.add_argument("files", nargs="+", metavar="FILE")
+    what = one.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one prompt for all files")
+    what.add_argument("--prompts", help="a .txt or .jsonl with a prompt for each file, in order")
+    one.add_argument("--reward", action="append", required=True, metavar="NAME[=WEIGHT]")
+    one.add_argument("--checkpoint", help="weights of the rewards (default: their own)")
+    one = commands.add_parser("export", help="a run as stock diffusers weights")
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("--out", type=Path, required=True, metavar="DIR")
+    one.add_argument("--merge", action="store_true", help="the whole pipeline with the adapter merged")
+    one = commands.add_parser("list", help="what there is")
+    one.add_argument("kind", nargs="?", choices=["rewards", "trainers", "families", "configs", "schema"])
+    for name, text in LATER.items():
+        commands.add_parser(name, help=f"not in this version: {text}").add_argument("rest", nargs=argparse.REMAINDER)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: 0, 1 for a failed check, 2 for bad input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        top = parser()
+        if words and not words[0].startswith("-"):
+            _known(words[0])
+        parsed = top.parse_args(words)
+        if parsed.command is None:
+            top.print_help()
+            return 0
+        if parsed.command in LATER:
+            raise UserError(f"`visalign {parsed.command}` is not in this version: it comes with {LATER[parsed.command]}")
+        return globals()[f"_{parsed.command}"](parsed)
+    except UserError as error:
+        print(f"visalign: {error}", file=sys.stderr)
+        return 2
+
+
+def _known(command: str) -> None:
+    from visalign.config import nearest
+
+    known = ["train", "check", "evaluate", "score", "export", "list", *LATER]
+    if command not in known:
+        raise UserError(f"no command {command!r}{nearest(command, known)}")
+
+
+def _split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """(recipe, overrides) of a command line."""
+    rest = list(words)
+    return (rest.pop(0) if rest and "=" not in rest[0] else "toybox"), rest
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from visalign import train
+
+    return train.main(parsed.words)
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from visalign import check, config
+
+    recipe, overrides = _split(parsed.words)
+    passed = True
+    for finding in check.run(config.load(recipe, overrides)):
+        print(finding, flush=True)
+        passed &= finding.passed
+    return 0 if passed else 1
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from visalign import build, config, evaluation, prompts, registry
+    from visalign.distributed import pick_device
+
+    source = Path(parsed.source)
+    is_run = (source / "config.yaml").is_file()
+    recipe = config.load(source / "config.yaml" if is_run else source)
+    device = pick_device(recipe.run.device)
+    policy = build.restore(source, device) if is_run else build.policy(recipe, device)
+    sections = _rewards(parsed.reward) or recipe.eval.rewards or recipe.rewards
+    judges = registry.build_panel(sections, recipe.policy.model, device)
+    drawn = prompts.load(recipe.prompts.test).evaluation(_positive(parsed.images or recipe.eval.images, "--images"), recipe.prompts.balance)
+    guidance = parsed.guidance or recipe.eval.guidance or recipe.policy.guidance
+    steps = recipe.eval.steps or recipe.policy.steps
+    found = evaluation.evaluate(policy, drawn, judges, steps=steps, guidance=guidance, seed=recipe.run.seed, batch=recipe.eval.batch)
+    figures = {n: v for n, v in found.metrics.items() if n.startswith("eval/")} | {"images": len(drawn), "steps": steps, "guidance": guidance}
+    print("\n".join(f"{name.removeprefix('eval/'):<20} {value:.4g}" for name, value in figures.items()))
+    if parsed.out:
+        _write(parsed.out, figures)
+    return 0
+
+
+def _score(parsed: argparse.Namespace) -> int:
+    from visalign import api, prompts
+
+    texts = parsed.prompt if parsed.prompt is not None else prompts.load(parsed.prompts).texts
+    extra = {"checkpoint": parsed.checkpoint} if parsed.checkpoint else {}
+    rewards = {name: section.model_dump() | extra for name, section in _rewards(parsed.reward).items()}
+    scores = api.score(parsed.files, texts, rewards)
+    for n, file in enumerate(parsed.files):
+        print(file + "  " + "  ".join(f"{name} {values[n]:.4f}" for name, values in scores.items()))
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from visalign import build
+    from visalign.distributed import pick_device
+
+    policy = build.restore(parsed.run, pick_device("cpu"))
+    kind = build.export(policy, parsed.out, parsed.merge)
+    print(f"{kind} of {parsed.run} → {parsed.out}")
+    return 0
+
+
+def _list(parsed: argparse.Namespace) -> int:
+    from visalign import config, registry
+
+    if parsed.kind == "schema":
+        print(json.dumps(config.schema(), indent=2))
+        return 0
+    for kind in [parsed.kind] if parsed.kind else ["rewards", "trainers", "families", "configs"]:
+        print(f"{kind}:")
+        names = config.packaged() if kind == "configs" else registry.names(kind)
+        for name in names:
+            text = config.purpose(name) if kind == "configs" else registry.summary(kind, name)
+            print(f"  {name:<28} {text}")
+    return 0
+
+
+def _rewards(words: Sequence[str]) -> dict[str, Any]:
+    """`NAME[=WEIGHT]` words as reward sections."""
+    from visalign.config import RewardSection
+
+    sections: dict[str, Any] = {}
+    for word in words:
+        name, sign, weight = word.partition("=")
+        try:
+            sections[name] = RewardSection(use=name, weight=float(weight) if sign else 1.0)
+        except ValueError:
+            raise UserError(f"--reward {word}: expected NAME or NAME=WEIGHT with a number, got {weight!r}") from None
+    return sections
+
+
+def _positive(value: int, option: str) -> int:
+    if value < 1:
+        raise UserError(f"{option} {value}: expected 1 or more")
+    return value
+
+
+def _write(path: Path, figures: dict[str, float]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

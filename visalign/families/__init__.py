@@ -1,0 +1,1 @@
+"""Model families: one file for each kind of diffusers pipeline; the only place that knows it."""

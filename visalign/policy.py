@@ -1,0 +1,198 @@
+"""A policy: a model family with what learning adds to it (adapter, reference, moving average, precision).
+
+It turns latents, time and a condition into one prediction. A family is the only place that knows a diffusers pipeline.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visalign.paths import Path
+from visalign.rollout import Condition
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Family(ABC):
+    """The border to one kind of diffusers pipeline. A new family is one file that implements these methods.
+
+    Attributes:
+        network: the denoiser, the only part that learns.
+        path: how data and noise mix, and what the network predicts.
+        latent_shape: of one sample.
+        lora_targets: names of the linear layers that an adapter wraps.
+        step_distilled: few-step students, for which forward-process losses are invalid.
+    """
+
+    network: nn.Module
+    path: Path
+    latent_shape: tuple[int, ...]
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    step_distilled: bool = False
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Condition:
+        """Encode prompts, each unique text once; N rows in the order of `texts`."""
+
+    @abstractmethod
+    def grid(self, steps: int) -> Tensor:
+        """(steps + 1,) float32 sigmas from 1 to 0, exactly the stock pipeline's."""
+
+    @abstractmethod
+    def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """One denoiser forward: x (N, ...), sigma (N,), condition name -> (N, ...); prediction (N, ...)."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, ...) latents to (N, 3, H, W) pictures in [0, 1]; differentiable."""
+
+    def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """The wrapped pipeline's own pictures (N, 3, H, W) in [0, 1] from the same initial noise."""
+        raise NotImplementedError(f"{type(self).__name__} wraps no stock pipeline")
+
+    def save_adapter(self, folder: FilePath, state: dict[str, Tensor]) -> None:
+        """Save LoRA weights so that the stock pipeline's `load_lora_weights(folder)` reads them."""
+        raise NotImplementedError(f"{type(self).__name__} has no adapter format")
+
+    def save(self, folder: FilePath) -> None:
+        """Save the whole pipeline in the stock format."""
+        raise NotImplementedError(f"{type(self).__name__} has no pipeline to save")
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module by name: they move between devices and dtypes together."""
+        return {"network": self.network}
+
+
+class Policy:
+    """A family ready to be sampled and trained.
+
+    Args:
+        family: the wrapped model.
+        precision: "fp32", "bf16" or "fp16" autocast around every denoiser forward, in rollout and replay alike.
+        name: what it was loaded from, for run folders and messages.
+    """
+
+    def __init__(self, family: Family, precision: str = "fp32", name: str = ""):
+        self.family, self.precision, self.name = family, precision, name
+        self.network: nn.Module = family.network  # accelerate may wrap it; `family.network` stays bare
+        self.lora = False
+        self.device = torch.device("cpu")
+        self.nfe = 0  # denoiser forwards so far, in samples
+        self._base: list[Tensor] | None = None
+
+    # --- acting --------------------------------------------------------------------------------------------------------
+
+    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
+        """The model's prediction (N, ...) float32 at x (N, ...), sigma (N,).
+
+        With classifier-free guidance both halves are batches of N of their own, in rollout and replay alike, and the unconditional
+        half stays outside the autograd graph: v = v_u + w (v_c - v_u).
+        """
+        conditional = self._forward(x, sigma, condition.positive())
+        if guidance == 1.0:
+            return conditional
+        with torch.no_grad():
+            unconditional = self._forward(x, sigma, condition.unconditional())
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _forward(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        self.nfe += len(x)
+        with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
+            return self.family.forward(self.network, x, sigma, condition).float()
+
+    def to(self, device: torch.device | str) -> Policy:
+        self.device = torch.device(device)
+        for module in self.family.modules().values():
+            module.to(self.device)
+        return self
+
+    # --- learning ------------------------------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int, alpha: float, targets: Sequence[str] = ()) -> None:
+        """Train an adapter alone: W + (alpha / rank)·B·A on the family's attention layers, Gaussian A, B = 0 (2106.09685)."""
+        from peft import LoraConfig
+
+        names = list(targets or self.family.lora_targets)
+        network: Any = self.family.network
+        network.requires_grad_(False)
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names))
+        for parameter in self.trainable():
+            parameter.data = parameter.data.float()  # the base may be in half precision, what learns never is
+        self.lora = True
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass: less memory, a third more time."""
+        network: Any = self.family.network
+        network.enable_gradient_checkpointing()
+        network.train()  # diffusers checkpoints in training mode only; these networks have no dropout
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.family.network.parameters() if p.requires_grad]
+
+    def named_trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.family.network.named_parameters() if p.requires_grad}
+
+    def keep_reference(self) -> None:
+        """Remember the weights as they are now, as the reference; with LoRA nothing needs to be kept."""
+        if not self.lora:
+            self._base = [p.detach().clone() for p in self.trainable()]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model before training: adapter off, or the remembered weights in place of the current ones."""
+        network: Any = self.family.network
+        if self.lora:
+            network.disable_adapters()
+            try:
+                yield
+            finally:
+                network.enable_adapters()
+        elif self._base is None:
+            raise RuntimeError("no reference was kept: call keep_reference() before training")
+        else:
+            with swapped(self.trainable(), self._base):
+                yield
+
+
+class Average:
+    """Exponential moving average of the trainable weights, for rollouts, evaluation and export.
+
+    The decay warms up, min(decay, (1 + n) / (10 + n)), and `update` is called once per optimizer step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [p.detach().clone() for p in self.parameters]
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - keep)
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """The averaged weights in place of the current ones."""
+        with swapped(self.parameters, self.values):
+            yield
+
+
+@contextmanager
+def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """`values` in place of the parameters' data, and back."""
+    current = [p.data for p in parameters]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, current, strict=True):
+            parameter.data = value

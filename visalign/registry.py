@@ -1,0 +1,156 @@
+"""Plug-ins by file name: `rewards/NAME.py`, `trainers/NAME.py`, `families/NAME.py`; `package.module:Class` loads a user's own.
+
+The only module that imports plug-ins. There is no list to edit: a file is its entry.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visalign.config import RewardSection, nearest
+from visalign.errors import UserError
+from visalign.policy import PRECISIONS, Family, Policy
+from visalign.scoring import Panel, Reward
+
+KINDS = ("rewards", "trainers", "families")
+TOYBOX_CHECKPOINTS = {"clip_score": "toybox/clip", "pickscore": "toybox/clip"}  # what `checkpoint: auto` means on the toybox
+
+
+def names(kind: str) -> list[str]:
+    """File stems of a plug-in folder, sorted."""
+    return sorted(p.name[:-3] for p in files(f"visalign.{kind}").iterdir() if p.name.endswith(".py") and not p.name.startswith("_"))
+
+
+def load(kind: str, name: str) -> type[Any]:
+    """The class of a plug-in.
+
+    Args:
+        kind: "rewards", "trainers" or "families".
+        name: a file stem, or `package.module:Class`.
+
+    Raises:
+        UserError: no such plug-in; the message names the nearest one.
+    """
+    from visalign.trainer import Trainer
+
+    base = {"rewards": Reward, "trainers": Trainer, "families": Family}[kind]
+    module_name, _, class_name = name.partition(":")
+    if class_name:
+        try:
+            found = getattr(import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{name}: {error}; expected package.module:Class") from None
+        if not (inspect.isclass(found) and issubclass(found, base)):
+            raise UserError(f"{name} is no subclass of visalign's {base.__name__}")
+        return found
+    if name not in names(kind):
+        raise UserError(f"no {kind[:-1].replace('ie', 'y')} named {name!r}{nearest(name, names(kind))}")
+    module = import_module(f"visalign.{kind}.{name}")
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module.__name__]
+    if len(classes) != 1:
+        raise RuntimeError(f"{module.__file__} must define exactly one {base.__name__}, found {len(classes)}")
+    return classes[0]
+
+
+def summary(kind: str, name: str) -> str:
+    """First line of a plug-in's module docstring."""
+    return (inspect.getdoc(import_module(f"visalign.{kind}.{name}")) or "").split("\n")[0]
+
+
+# --- policies ----------------------------------------------------------------------------------------------------------
+
+
+def asset(name: str) -> Path:
+    """Path of a packaged asset."""
+    return Path(str(files("visalign.assets"))) / name
+
+
+def resolve_model(source: str) -> str:
+    """`toybox` and `toybox/PART` are packaged folders; everything else is a folder or a hub id."""
+    if source == "toybox":
+        source = "toybox/sd3"
+    if source.startswith("toybox/"):
+        if not asset(source).is_dir():
+            parts = [f"toybox/{p.name}" for p in asset("toybox").iterdir() if p.is_dir()]
+            raise UserError(f"no toybox part {source!r}{nearest(source, parts)}")
+        return str(asset(source))
+    return source
+
+
+def load_policy(source: Any = "toybox", family: str | None = None, precision: str = "fp32", dtype: str = "fp32", **options: Any) -> Policy:
+    """A policy from "toybox", a folder, a hub id, or a diffusers pipeline object.
+
+    Raises:
+        UserError: nothing there, or no family that knows the pipeline's class.
+    """
+    if not isinstance(source, str):
+        kind = load("families", family or _family_of(type(source).__name__, repr(type(source))))
+        return Policy(kind(source, **options), precision, type(source).__name__)
+    if source.startswith("toy:"):
+        return Policy(load("families", "toy").load(source, **options), precision, source)
+    path = resolve_model(source)
+    if source.startswith("toybox"):
+        options = {"max_sequence_length": 10} | options
+    kind = load("families", family or _family_of(_pipeline_class(path), source))
+    try:
+        return Policy(kind.load(path, dtype=PRECISIONS[dtype], **options), precision, source)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot load model {source!r}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _pipeline_class(path: str) -> str:
+    """`_class_name` of a folder's or hub id's model_index.json."""
+    from diffusers import DiffusionPipeline
+
+    if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
+        raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json")
+    try:
+        return str(DiffusionPipeline.load_config(path)["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot find model {path!r}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _family_of(pipeline_class: str, source: str) -> str:
+    known = {getattr(load("families", name), "pipeline_class", ""): name for name in names("families")}
+    if pipeline_class not in known:
+        raise UserError(f"{source} is a {pipeline_class}; known pipelines: {', '.join(sorted(filter(None, known)))}")
+    return known[pipeline_class]
+
+
+# --- rewards -----------------------------------------------------------------------------------------------------------
+
+
+def load_reward(name: str, **options: Any) -> Reward:
+    """A reward by name with its options; a wrapper's `of` may hold another reward as {use: NAME, …}.
+
+    Raises:
+        UserError: no such reward, an unknown option, or a value it refuses.
+    """
+    kind = load("rewards", name)
+    known = [p for p in inspect.signature(kind.__init__).parameters if p != "self"]
+    for option in options:
+        if option not in known:
+            raise UserError(f"reward {name}: option {option} is unknown{nearest(option, known) if known else '; it has none'}")
+    if isinstance(options.get("of"), dict):
+        inner = dict(options["of"])
+        options["of"] = load_reward(inner.pop("use"), **inner)
+    return kind(**options)
+
+
+def build_panel(rewards: dict[str, RewardSection], model: str, device: torch.device | str = "cpu") -> Panel:
+    """Rewards of a recipe, on a device; `checkpoint: auto` becomes the toybox's part when the policy is the toybox."""
+    members: dict[str, tuple[Reward, float]] = {}
+    for alias, section in rewards.items():
+        options = section.options
+        if model.startswith("toybox") and options.get("checkpoint", "auto") == "auto" and section.use in TOYBOX_CHECKPOINTS:
+            options["checkpoint"] = TOYBOX_CHECKPOINTS[section.use]
+        elif options.get("checkpoint") == "auto":
+            del options["checkpoint"]
+        members[alias] = (load_reward(section.use, **options).to(device), section.weight)
+    return Panel(members)

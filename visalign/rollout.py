@@ -1,0 +1,186 @@
+"""What travels through a training step: prompts, conditions, trajectories, rollouts, minibatches. Slicing and nothing else.
+
+Legend: N samples, U unique prompts, T steps, S ≤ T recorded steps, `...` latent axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor
+Record = TypeVar("Record", bound="Sliceable")
+
+
+@dataclass(frozen=True)
+class Sliceable:
+    """A record whose fields all have N rows; `record.take(rows)` slices them together."""
+
+    def take(self: Record, rows: Rows) -> Record:
+        return replace(self, **{f.name: take(getattr(self, f.name), rows) for f in fields(self)})
+
+
+def take(value: Any, rows: Rows) -> Any:
+    """The rows of a tensor, a list or a record; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if isinstance(rows, Tensor) else value[rows]
+    if isinstance(value, Sliceable):
+        return value.take(rows)
+    if isinstance(rows, slice):
+        return value[rows]
+    return [value[int(n)] for n in rows]
+
+
+@dataclass(frozen=True)
+class Prompts(Sliceable):
+    """N prompts, one per picture.
+
+    Attributes:
+        texts: the prompts.
+        metadata: one dict each (GenEval's `include`, a text to write, …).
+        groups: (N,) int64; pictures of one prompt that are compared with one another share a number.
+        ids: (N,) int64; a picture's number in the whole run. All of its noise is a function of (seed, id).
+        noise_ids: (N,) int64; like `ids`, for the initial noise alone: equal numbers share it.
+    """
+
+    texts: list[str]
+    metadata: list[dict[str, Any]]
+    groups: Tensor
+    ids: Tensor
+    noise_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @classmethod
+    def of(cls, texts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None, first_id: int = 0) -> Prompts:
+        """Independent prompts, each a group of its own."""
+        ids = torch.arange(first_id, first_id + len(texts))
+        return cls(list(texts), list(metadata or [{} for _ in texts]), ids, ids, ids)
+
+
+@dataclass(frozen=True)
+class Condition(Sliceable):
+    """Encoded prompts, once per unique prompt: row n of the batch reads row `index[n]` of every tensor.
+
+    Attributes:
+        index: (N,) int64.
+        tensors: name -> (U, ...).
+        negative: name -> (1, ...), the unconditional half of classifier-free guidance; None for models without it.
+    """
+
+    index: Tensor
+    tensors: dict[str, Tensor]
+    negative: dict[str, Tensor] | None = None
+
+    def take(self, rows: Rows) -> Condition:
+        return replace(self, index=take(self.index, rows))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def positive(self) -> dict[str, Tensor]:
+        """name -> (N, ...)."""
+        return {name: value[self.index.to(value.device)] for name, value in self.tensors.items()}
+
+    def unconditional(self) -> dict[str, Tensor]:
+        """name -> (N, ...), the negative prompt repeated."""
+        assert self.negative is not None, "this model has no unconditional half"
+        return {name: value.expand(len(self), *value.shape[1:]) for name, value in self.negative.items()}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The recorded steps of N denoising chains; equal numbers in `node` share a node of a tree (a chain has none to share).
+
+    Attributes:
+        latents: (N, S + 1, ...) states around the recorded steps, in the dtype that is replayed.
+        steps: (S,) int64, which steps of the sigma grid they are.
+        sigmas: (T + 1,) the grid.
+        log_probs: (N, S) float32, of each recorded transition, averaged over latent axes.
+        node: (N, S + 1) int64.
+        final: (N, ...) the clean latents.
+        nfe: denoiser forwards per picture.
+    """
+
+    latents: Tensor
+    steps: Tensor
+    sigmas: Tensor
+    log_probs: Tensor
+    node: Tensor
+    final: Tensor
+    nfe: float
+
+    def __len__(self) -> int:
+        return len(self.final)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One collection: what was drawn, how it scored, and the credit of every recorded step.
+
+    Attributes:
+        prompts, condition, trajectory: N rows each.
+        images: (N, 3, H, W) float in [0, 1].
+        rewards: alias -> (N,) float32, NaN where a reward failed.
+        advantages: (N, S) float32; 0 where a sample carries no signal.
+        metrics: what the collection has to say about itself.
+    """
+
+    prompts: Prompts
+    condition: Condition
+    trajectory: Trajectory
+    images: Tensor
+    rewards: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    advantages: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+    def transitions(self, rows: Tensor, columns: Tensor) -> Minibatch:
+        """The transitions (row, column) of `rows` × `columns`, timesteps stacked along the batch: column 0 for all rows first."""
+        trajectory = self.trajectory
+        assert self.advantages is not None, "credit comes before minibatches"
+        row = rows.repeat(len(columns))
+        column = columns.repeat_interleave(len(rows))
+        step = trajectory.steps[column]
+        return Minibatch(
+            x=trajectory.latents[row, column],
+            x_next=trajectory.latents[row, column + 1],
+            sigma=trajectory.sigmas[step],
+            sigma_next=trajectory.sigmas[step + 1],
+            step=step,
+            log_prob=trajectory.log_probs[row, column],
+            advantage=self.advantages[row, column],
+            condition=self.condition.take(row),
+        )
+
+
+@dataclass(frozen=True)
+class Minibatch(Sliceable):
+    """B transitions, ready to be replayed.
+
+    Attributes:
+        x, x_next: (B, ...) latents before and after the step.
+        sigma, sigma_next: (B,) float.
+        step: (B,) int64 index into the sigma grid.
+        log_prob: (B,) float32, the rollout's.
+        advantage: (B,) float32.
+        condition: B rows.
+    """
+
+    x: Tensor
+    x_next: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    step: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    condition: Condition
+
+    def __len__(self) -> int:
+        return len(self.x)

@@ -1,0 +1,19 @@
+"""The toybox's prompt lists: every composition once, split into train and held-out test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from visalign.toybox import scenes
+
+
+def build(out: Path, work: Path, device: torch.device) -> None:
+    """Write `out`/prompts_train.jsonl and prompts_test.jsonl."""
+    del work, device
+    out.mkdir(parents=True, exist_ok=True)
+    for name, test in (("train", False), ("test", True)):
+        records = [{"prompt": scenes.describe(m)} | m for kind in scenes.prompts(test).values() for m in kind]
+        (out / f"prompts_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

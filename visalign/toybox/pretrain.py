@@ -1,0 +1,109 @@
+"""`python -m visalign.toybox.pretrain [PART …|all] [--out DIR] [--work DIR]`: make the toybox's weights again, from seeds.
+
+Parts are made in order; each is resumable (its state is kept under --work) and writes its folder under --out once it is final.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from visalign.toybox import scenes
+
+PARTS = ("prompts", "sd3", "clip", "judge")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Rendered scenes: `images` (N, 3, 64, 64) uint8, and for each its `prompts` and `records`."""
+
+    images: Tensor
+    prompts: list[str]
+    records: list[scenes.Metadata]
+
+    def batch(self, index: Tensor) -> Tensor:
+        """(B, 3, 64, 64) float in [0, 1]."""
+        return self.images[index].float() / 255
+
+
+def draw(count: int, seed: int, test: bool = False, renderer: Callable = scenes.render) -> Pictures:
+    """`count` scenes of the train (or test) compositions, the six kinds in equal shares; 64 × 64, drawn by `renderer`."""
+    rng = random.Random(seed)
+    by_kind = scenes.prompts(test)
+    records = [rng.choice(by_kind[scenes.KINDS[n % len(scenes.KINDS)]]) for n in range(count)]
+    layouts = (scenes.lay_out(record, rng) for record in records)
+    images = np.stack([scenes.to_array(renderer(layout)) for layout in tqdm(layouts, "scenes", count, leave=False)])
+    return Pictures(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), [scenes.describe(r) for r in records], records)
+
+
+class Progress:
+    """A training loop's state on disk: `for step in progress.steps(n)` goes on where the last run stopped.
+
+    Args:
+        path: file that holds the state.
+        parts: objects with `state_dict` and `load_state_dict`, saved together.
+        every: steps between two saves.
+    """
+
+    def __init__(self, path: Path, parts: dict[str, torch.nn.Module | torch.optim.Optimizer], every: int = 250):
+        self.path, self.parts, self.every = path, parts, every
+        self.note: dict[str, float] = {}
+
+    def steps(self, total: int) -> Iterator[int]:
+        first = self._load()
+        bar = tqdm(range(first, total), self.path.stem, total, initial=first)
+        for step in bar:
+            torch.manual_seed(step)  # noise is a function of the step: a resumed run is the same run
+            yield step
+            if step % 20 == 0:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in self.note.items()})
+            if (step + 1) % self.every == 0 or step + 1 == total:
+                self._save(step + 1)
+
+    def _load(self) -> int:
+        if not self.path.exists():
+            return 0
+        state = torch.load(self.path, weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
+
+    def _save(self, step: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(".new")
+        torch.save({"step": step} | {name: part.state_dict() for name, part in self.parts.items()}, fresh)
+        fresh.replace(self.path)
+
+
+def warm_then_fall(step: int, total: int, warm_up: int = 100, hold: float = 0.5) -> float:
+    """Learning-rate factor: linear warm-up, constant until `hold`·total, then linear to 2 % at the end."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return max(0.02, min(1.0, (total - step) / (total * (1 - hold))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["all"], help=f"{', '.join(PARTS)} or all")
+    parser.add_argument("--out", type=Path, default=Path("assets/toybox"), help="where the finished folders go")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="states of unfinished trainings")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    names = PARTS if "all" in args.parts else tuple(args.parts)
+    for name in names:
+        if name not in PARTS:
+            parser.error(f"unknown part {name!r}; known: {', '.join(PARTS)}, all")
+        import_module(f"visalign.toybox.build_{name}").build(args.out, args.work, torch.device(args.device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The training loop that every algorithm shares: collect → credit → loss, with evaluation, checkpoints and a report around it."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from tqdm import tqdm
+
+from visalign import checkpoint, report
+from visalign.config import Config, Positive, Section, explain
+from visalign.distributed import Processes
+from visalign.errors import UserError
+from visalign.evaluation import Evaluation, evaluate
+from visalign.losses import Loss
+from visalign.noise import seed_for
+from visalign.pictures import before_after
+from visalign.policy import Average, Policy
+from visalign.prompts import PromptSet
+from visalign.rollout import Minibatch, Prompts, Rollout
+from visalign.scoring import Panel
+from visalign.tracking import Tracker
+
+
+class NonFinite(RuntimeError):
+    """The loss is NaN or infinite; the optimizer has not stepped."""
+
+
+@dataclass
+class Session:
+    """What a run is made of."""
+
+    config: Config
+    processes: Processes
+    policy: Policy
+    rewards: Panel
+    judges: Panel
+    train_prompts: PromptSet
+    test_prompts: PromptSet
+
+
+class Trainer(ABC):
+    """Base of all algorithms: a subclass in `trainers/NAME.py` implements `collect`, `credit` and `loss`.
+
+    Its nested `Config` holds its own keys of a recipe's `trainer` section.
+    """
+
+    class Config(Section):
+        prompts: Positive = 12  # per step, over all processes; one step draws prompts × group_size pictures
+        group_size: Positive = 8  # pictures per prompt
+        micro_batch: Positive = 48  # pictures per forward, in rollout and training alike (so that the ratio is exactly 1)
+        stacked_timesteps: Positive = 1  # timesteps of a micro-batch that share a forward
+        updates: Positive = 1  # optimizer steps per rollout
+
+    settings: Config
+    invalid_for_distilled: ClassVar[bool] = False
+
+    def __init__(self, session: Session):
+        self.session, self.config, self.processes = session, session.config, session.processes
+        self.policy, self.device = session.policy, session.processes.device
+        try:
+            self.settings = type(self).Config.model_validate(self.config.trainer.options)
+        except ValidationError as error:
+            raise UserError(explain(error, type(self).Config, "trainer")) from None
+        self._check_geometry()
+        self.parameters = self.policy.trainable()
+        self.average = Average(self.parameters, self.config.policy.ema) if self.config.policy.ema is not None else None
+        optimizer = self.config.optimizer
+        self.optimizer: Any = torch.optim.AdamW(
+            self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+        )
+        accelerator = self.processes.accelerator
+        self.policy.network, self.optimizer = accelerator.prepare(self.policy.network, self.optimizer)
+        self.before: Evaluation | None = None
+
+    # --- what an algorithm is ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def collect(self, prompts: Prompts, step: int) -> Rollout:
+        """Draw and score pictures for the prompts of one step."""
+
+    @abstractmethod
+    def credit(self, rollout: Rollout) -> Tensor:
+        """Advantages (N, S): one number per sample and recorded step."""
+
+    @abstractmethod
+    def loss(self, batch: Minibatch) -> Loss:
+        """Loss of some transitions, averaged over them."""
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Path:
+        """Train to `run.steps`; returns the run folder."""
+        run, folder = self.config.run, self.config.run.path
+        saved = self.processes.agree(str(checkpoint.to_resume(folder, run.resume) or ""))
+        base = self.judge(0, scan=not saved)  # before the checkpoint is loaded: every grid shows the untrained model beside the trained
+        done = self.load(Path(saved)) if saved else 0
+        tracker = Tracker(folder, self.config.log, self.config.model_dump(mode="json"), done) if self.processes.main else None
+        if tracker and not done:
+            tracker.log(0, base)
+        bar = tqdm(range(done + 1, run.steps + 1), initial=done, total=run.steps, desc="train", unit="step", disable=not self.processes.main)
+        for step in bar:
+            row = self.step(step)
+            bar.set_postfix(reward=f"{row['reward/mean']:.3f}", loss=f"{row['loss']:.2e}")
+            if step % self.config.eval.every == 0 or step == run.steps:
+                row |= self.judge(step)
+            if tracker:
+                tracker.log(step, row)
+            if step % run.checkpoint_every == 0 or step == run.steps:
+                self.save(step)
+        if tracker:
+            tracker.close()
+            report.write(folder)
+        self.processes.wait()
+        return folder
+
+    def step(self, step: int) -> dict[str, float]:
+        """One collection and its updates; the metrics of the step."""
+        started, nfe = time.perf_counter(), self.policy.nfe
+        torch.manual_seed(seed_for(self.config.run.seed, self.processes.rank, step))
+        rollout = self.collect(self.draw(step), step)
+        rollout = replace(rollout, advantages=self.credit(rollout))
+        metrics = self.learn(rollout, step)
+        images = len(rollout.prompts) * self.processes.count
+        spent = {"seconds": time.perf_counter() - started, "images": images, "nfe": rollout.trajectory.nfe}
+        spent["nfe_train"] = (self.policy.nfe - nfe) / len(rollout.prompts) - rollout.trajectory.nfe
+        return metrics | rollout.metrics | spent
+
+    def draw(self, step: int) -> Prompts:
+        """This process's prompts of a step: whole groups."""
+        settings, run = self.settings, self.config.run
+        world = {"rank": self.processes.rank, "world": self.processes.count}
+        options = {"balance": self.config.prompts.balance, "shared_noise": self.config.exploration.shared_noise}
+        return self.session.train_prompts.draw(settings.prompts, settings.group_size, run.seed, step - 1, **world, **options)
+
+    def learn(self, rollout: Rollout, step: int) -> dict[str, float]:
+        """Every update of a rollout: replay, loss, gradient, optimizer, average."""
+        totals: dict[str, Tensor] = {}
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for number, batches in enumerate(self.minibatches(rollout, step)):
+            metrics = self.update(batches)
+            if number:  # only before the first update does the ratio measure how exact the replay is
+                metrics.pop("ratio/max_deviation", None)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, value.new_zeros(())) + value / (1 if name == "ratio/max_deviation" else self.settings.updates)
+        return {name: value.item() for name, value in totals.items()} | {"lr": rate}
+
+    def update(self, batches: list[Minibatch]) -> dict[str, Tensor]:
+        """One optimizer step on the mean of the batches' losses, over all processes."""
+        share = 1 / len(batches)
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else self.processes.accelerator.no_sync(self.policy.network):
+                loss = self.loss(batch)
+                self.processes.accelerator.backward(loss.value * share)
+            for name, value in (loss.metrics | {"loss": loss.value.detach()}).items():
+                previous = sums.get(name, value.new_zeros(()))
+                sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
+        sums = {n: self.processes.max(v) if n == "ratio/max_deviation" else self.processes.mean(v) for n, v in sums.items()}
+        if not sums["loss"].isfinite():
+            raise NonFinite(f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})")
+        sums["grad_norm"] = torch.as_tensor(
+            self.processes.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        ).detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update()
+        return sums
+
+    def minibatches(self, rollout: Rollout, step: int) -> Iterator[list[Minibatch]]:
+        """For each update the micro-batches it averages: rows as in the rollout, timesteps stacked `stacked_timesteps` at a time."""
+        rows = torch.arange(len(rollout.prompts), device=self.device)
+        columns = torch.arange(rollout.trajectory.log_probs.shape[1], device=self.device)
+        for share in rows.chunk(self.settings.updates):
+            yield [
+                rollout.transitions(micro, stack)
+                for micro in share.split(self.settings.micro_batch)
+                for stack in columns.split(self.settings.stacked_timesteps)
+            ]
+
+    def learning_rate(self, step: int) -> float:
+        """A function of the absolute step alone, so that a resumed run does not change course."""
+        optimizer = self.config.optimizer
+        if step <= optimizer.warm_up:
+            return optimizer.lr * step / optimizer.warm_up
+        if optimizer.decay_steps is None:
+            return optimizer.lr
+        done = min(1.0, (step - 1) / optimizer.decay_steps)
+        return optimizer.lr + (optimizer.final_lr - optimizer.lr) * done
+
+    # --- around the loop -----------------------------------------------------------------------------------------------
+
+    def judge(self, step: int, scan: bool = False) -> dict[str, float]:
+        """Evaluate the averaged weights on the test prompts; saves the before/after grid."""
+        section, policy, run = self.config.eval, self.config.policy, self.config.run
+        prompts = self.session.test_prompts.evaluation(section.images, self.config.prompts.balance)
+        steps, guidance = section.steps or policy.steps, policy.guidance if section.guidance is None else section.guidance
+        common: dict[str, Any] = {"steps": steps, "seed": run.seed, "batch": section.batch, "processes": self.processes}
+        metrics: dict[str, float] = {}
+        with self.average.weights() if self.average else nullcontext():
+            found = evaluate(self.policy, prompts, self.session.judges, guidance=guidance, describe=f"evaluate step {step}", **common)
+            for scale in section.scan if scan else []:
+                if scale != guidance:
+                    other = evaluate(self.policy, prompts, self.session.judges, guidance=scale, describe=f"guidance {scale:g}", **common)
+                metrics |= {f"base/{name}@{scale:g}": value for name, value in _judges(found if scale == guidance else other).items()}
+        if step == 0:
+            self.before = found
+        elif self.processes.main:
+            self._save_grid(step, found)
+        return found.metrics | metrics
+
+    def _save_grid(self, step: int, found: Evaluation) -> None:
+        assert self.before is not None
+        first = next(iter(found.scores.values()))
+        rows = slice(0, self.config.eval.grid)
+        marks = None
+        if torch.isin(first.nan_to_num(), torch.tensor([0.0, 1.0])).all():  # a verdict, not a degree
+            old = next(iter(self.before.scores.values()))
+            marks = [(bool(a), bool(b)) for a, b in zip(old[rows] > 0.5, first[rows] > 0.5, strict=True)]
+        sheet = before_after(self.before.images[rows], found.images[rows], found.prompts.texts[rows], marks)
+        folder = self.config.run.path / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"step_{step:05d}.png")
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; only the main process writes, the others wait."""
+        if self.processes.main:
+            names = list(self.policy.named_trainable())
+            tensors = {"trainable": dict(zip(names, self.parameters, strict=True))}
+            if self.average:
+                tensors["average"] = dict(zip(names, self.average.values, strict=True))
+            tensors["rewards"] = {f"{a}/{n}": v for a, r in self.session.rewards.rewards.items() for n, v in r.state_dict().items()}
+            state = {"updates": self.average.updates if self.average else 0, "seed": self.config.run.seed}
+            folder = self.config.run.path / "checkpoints"
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)
+            checkpoint.prune(folder, self.config.run.keep_checkpoints)
+        self.processes.wait()
+
+    def load(self, folder: Path) -> int:
+        """Go on from a checkpoint: weights, average, optimizer, rewards; the number of steps done."""
+        stems = ["trainable", "rewards", *(["average"] if self.average else [])]
+        tensors, optimizer, state = checkpoint.load(folder, stems)
+        names = list(self.policy.named_trainable())
+        if set(names) != set(tensors["trainable"]):
+            raise UserError(f"checkpoint {folder} holds other weights than this recipe trains; was policy.lora or policy.model changed?")
+        with torch.no_grad():
+            for name, parameter in zip(names, self.parameters, strict=True):
+                parameter.copy_(tensors["trainable"][name])
+            if self.average:
+                self.average.values = [tensors["average"][name].to(self.device) for name in names]
+                self.average.updates = state["updates"]
+        self.optimizer.load_state_dict(optimizer)
+        for alias, reward in self.session.rewards.rewards.items():
+            own = {n.partition("/")[2]: v for n, v in tensors["rewards"].items() if n.startswith(f"{alias}/")}
+            reward.load_state_dict(own)
+        return int(state["step"])
+
+    def _check_geometry(self) -> None:
+        settings, world = self.settings, self.processes.count
+        if settings.prompts % world:
+            raise UserError(f"trainer.prompts={settings.prompts} can't be split into whole groups over {world} processes; use a multiple of {world}")
+        own = settings.prompts // world * settings.group_size
+        if settings.group_size < 2:
+            raise UserError("trainer.group_size=1: a group of one has nothing to be compared with; use 2 or more")
+        if own % (settings.updates * min(settings.micro_batch, own)):
+            raise UserError(
+                f"trainer.micro_batch={settings.micro_batch} × trainer.updates={settings.updates} must divide the "
+                f"{own} pictures of a process (trainer.prompts × trainer.group_size / processes)"
+            )
+        if self.policy.family.step_distilled and self.invalid_for_distilled:
+            raise UserError(f"{self.config.trainer.name} trains on the forward process, which is invalid for the step-distilled {self.policy.name}")
+        if math.isclose(self.config.optimizer.lr, 0.0):
+            raise UserError("optimizer.lr=0 trains nothing")
+
+
+def _judges(found: Evaluation) -> dict[str, float]:
+    return {name: value for name, value in found.metrics.items() if name.startswith("eval/")}
