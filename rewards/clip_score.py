@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visalign.errors import UserError
-from visalign.features import Aspect, checked_aspect, load_dual_encoder
+from visalign.features import load_dual_encoder
+from visalign.preprocess import Aspect, checked_aspect
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from visalign.features import Aspect, checked_aspect, load_dual_encoder
+from visalign.features import load_dual_encoder
+from visalign.preprocess import Aspect, checked_aspect
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 TYPICAL = 26.0  # a little above the best pictures' score, so that a normalised one stays below 1

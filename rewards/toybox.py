@@ -33,14 +33,16 @@ class Toybox(Reward):
         form   = sum over objects of (overlap - 0.70) / 0.25, cut to [0, 1], divided by max(n, total), where `overlap` is an object's best
                  intersection over union with a shape that the prompt names: shapes earn on beyond the point where they are recognised
 
-    A blemish is ink (everything but plain ground) that isn't an object of 12 to 1000 pixels within 44/255 of a palette colour; two pixels
-    on either side of an outline may be any mixture of ground and colour. Ink over half of the picture is all blemish. Gaussian noise of
-    0.03 and blur of 0.7 pixels blemish nothing. A shape is recognised from an overlap of 0.90 with a template on, 0.04 above any other's.
+    A blemish is ink (everything but plain ground) that isn't an object of 12 to 1000 pixels within 44/255 of a palette colour, or ground
+    that is off by over 24/255 on average over 3 × 3 pixels; the pixels along an outline may be any mixture of ground and colour. Ink over
+    half of the picture is all blemish. Gaussian noise of 0.03 and blur of 0.7 pixels blemish nothing. A shape is recognised from an
+    overlap of 0.90 with a template on, 0.06 above any other shape's.
 
     Args:
         form: which of the two is the score; both are `components`.
 
-    Records come from the metadata's `include` (GenEval's form), else from the prompt; a prompt that is neither is invalid.
+    Records come from the metadata's `include` (GenEval's form), else from the prompt; a prompt that is neither, or
+    a picture with a value that isn't finite, is invalid.
     """
 
     spec = RewardSpec("toybox", needs=frozenset({"prompt"}), range=(0.0, 1.0), licence="Apache-2.0")
@@ -52,24 +54,19 @@ class Toybox(Reward):
 
     def score(self, batch: RewardInput) -> RewardOutput:
         """Scores of (N, 3, H, W) pictures of any size (64 is the world's own)."""
-        records = [record(m, p) for m, p in zip(batch.metadata, batch.prompts, strict=True)]
-        pairs = [(np.nan, np.nan) if r is None else judge(view, r) for view, r in zip(look(batch.images), records, strict=True)]
+        sound = batch.images.flatten(1).isfinite().all(1).tolist()
+        records = [scenes.wanted(m, p) if ok else None for m, p, ok in zip(batch.metadata, batch.prompts, sound, strict=True)]
+        views = look(torch.nan_to_num(batch.images))
+        pairs = [(np.nan, np.nan) if r is None else judge(view, r) for view, r in zip(views, records, strict=True)]
         strict, dense = torch.tensor(pairs, dtype=torch.float32, device=batch.images.device).reshape(-1, 2).unbind(1)
         return RewardOutput.of(strict if self.form == "strict" else dense, components={"strict": strict, "dense": dense})
 
 
-def record(metadata: scenes.Metadata, prompt: str) -> scenes.Metadata | None:
-    """What a picture must show: from the metadata, else from the prompt; None if neither can be read."""
-    if "include" in metadata:
-        return metadata if scenes.readable(metadata) else None
-    return scenes.parse(prompt)
-
-
-def judge(view: View, wanted: scenes.Metadata) -> tuple[float, float]:
+def judge(view: View, record: scenes.Metadata) -> tuple[float, float]:
     """(strict, dense) of one perceived picture; the formula is `Toybox`'s."""
-    exact, clauses = scenes.meets(view.objects, wanted)
-    count, total = len(view.objects), sum(clause["count"] for clause in wanted["include"])
-    named = [scenes.SHAPES.index(clause["class"]) for clause in wanted["include"]]
+    exact, clauses = scenes.meets(view.objects, record)
+    count, total = len(view.objects), sum(clause["count"] for clause in record["include"])
+    named = [scenes.SHAPES.index(clause["class"]) for clause in record["include"]]
     overlap = view.likeness[:, named].max(1, initial=0.0)
     form = _ramp(overlap, FORMLESS, FORMED).sum() / max(count, total)
     few = 1 - _ramp(count, total, 4 * total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import warnings
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from visalign import features
 from visalign.errors import UserError
-from visalign.features import OpenClipEncoder, Preprocess, TransformersEncoder, load_dual_encoder, locate
+from visalign.features import OpenClipEncoder, TransformersEncoder, load_dual_encoder, locate
+from visalign.preprocess import Preprocess
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(512, 512), (64, 64), (224, 224), (512, 768), (301, 200), (227, 500)]  # up, down, unchanged; odd margins
@@ -109,6 +111,41 @@ def test_both_libraries_give_one_embedding(encoders: tuple[OpenClipEncoder, Tran
     assert torch.equal(first._token_ids(TEXTS), second._token_ids(TEXTS))  # open_clip's own tokenizer would give other numbers
     assert int(first._token_ids(TEXTS).max()) == first.tokenizer.tokenizer.eos_token_id
     assert first.encode_images(images).norm(dim=-1).sub(1).abs().max() < 1e-5
+
+
+def test_the_toyboxs_recipe_saves_a_folder_for_both(tmp_path: Path) -> None:
+    from visalign.toybox import build_clip
+
+    tokenizer = build_clip.clip_tokenizer()
+    build_clip.save(build_clip.small_clip(tokenizer).eval(), tokenizer, tmp_path)
+    first, second = OpenClipEncoder(f"local-dir:{tmp_path}"), TransformersEncoder(str(tmp_path), str(tmp_path))
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(first.encode_images(images), second.encode_images(images), rtol=0, atol=1e-4)
+    torch.testing.assert_close(first.encode_texts(TEXTS), second.encode_texts(TEXTS), rtol=0, atol=1e-4)
+
+
+def test_false_negatives_are_told_from_near_misses() -> None:
+    from visalign.toybox.build_clip import code, compatible, near_misses
+    from visalign.toybox.scenes import describe, parse
+
+    def both(a: str, b: str) -> bool:
+        first, second = parse(a), parse(b)
+        assert first
+        assert second
+        return bool(compatible(torch.tensor(code(first)), torch.tensor(code(second))))
+
+    assert both("a star", "a red star")
+    assert both("a star and a ring", "a ring above a star")
+    assert both("a ring left of a star", "a star right of a ring")
+    assert both("a red star and a blue ring", "a blue ring and a red star")
+    assert not both("a ring left of a star", "a star left of a ring")
+    assert not both("a red star and a blue ring", "a blue star and a red ring")
+    assert not both("a star", "two stars")
+    record = parse("a red star and a blue ring")
+    assert record
+    wrong = near_misses(record, random.Random(0))
+    assert len(wrong) == 4
+    assert describe(record) not in wrong
 
 
 def test_autocast_of_the_caller_changes_nothing(encoders: tuple[OpenClipEncoder, TransformersEncoder]) -> None:

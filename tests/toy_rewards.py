@@ -18,3 +18,12 @@ class Closeness(Reward):
 
     def score(self, batch: RewardInput) -> RewardOutput:
         return RewardOutput.of(-0.5 * (Toy.points(batch.images) - self.target).square().sum(1))
+
+
+class Brightness(Reward):
+    """Mean of the pixels: smooth, and different for any two pictures."""
+
+    spec = RewardSpec("brightness", differentiable=True, range=(0.0, 1.0))
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        return RewardOutput.of(batch.images.mean((1, 2, 3)))

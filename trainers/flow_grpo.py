@@ -8,8 +8,8 @@ clipped loss with group-normalised terminal rewards. A point on four axes, each 
 3. credit: the terminal reward's group advantage (Eq. 4), the same at every step.
 4. ratio: of densities averaged over latent elements, p^(1/D), with PPO's clip (Eq. 5).
 
-Differs from the authors' code: the last step is never stochastic; latents are recorded in the dtype that is replayed; the unconditional half
-of guidance stays outside the graph; groups live whole on one rank; the KL is in velocity space with an explicit weight.
+Differs from the authors' code: the last step is never stochastic; latents are recorded in the dtype that is replayed; the unconditional
+half of guidance stays outside the graph; groups live whole on one rank; the KL is in velocity space with an explicit weight.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ class FlowGRPO(Trainer):
         kl: float = 0.0  # weight β of the penalty against the model before training
         kl_form: Literal["velocity", "path", "flow_grpo"] = "flow_grpo"
         # velocity: mean‖Δv‖²; path: κ²‖Δv‖²/2ς², the KL of the transition; flow_grpo: the authors', which drops Δ from the denominator
-
-    settings: Config
 
     def __init__(self, session: Session):
         super().__init__(session)

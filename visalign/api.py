@@ -48,9 +48,12 @@ def panel(rewards: str | Reward | Mapping[str, Any], model: str = "toybox", devi
         rewards = {rewards.spec.name: rewards}
     objects = {name: value for name, value in rewards.items() if isinstance(value, Reward)}
     plain = {name: value for name, value in rewards.items() if name not in objects}
-    sections = {n: config.RewardSection.model_validate(s) for n, s in config.expand_rewards(plain, "reward").items()}
+    expanded = config.expand_rewards(plain, "rewards")
+    sections = {name: config.validate(config.RewardSection, section, f"rewards.{name}") for name, section in expanded.items()}
     built = registry.build_panel(sections, model, device) if sections else None
-    members = {name: (built.rewards[name], built.weights[name]) if built and name in built.rewards else (objects[name], 1.0) for name in rewards}
+    members = {
+        name: (built.rewards[name], built.weights[name]) if built and name in built.rewards else (objects[name], 1.0) for name in rewards
+    }
     return Panel(members)
 
 
@@ -112,13 +115,16 @@ def sample(
     return Result(images, scores, [], (policy.nfe - before) / len(texts), judges.calls if judges else 0, time.perf_counter() - started)
 
 
-def score(images: Tensor | Sequence[str | Path], prompts: str | Sequence[str], rewards: Any) -> dict[str, Tensor]:
+def score(
+    images: Tensor | Sequence[str | Path], prompts: str | Sequence[str], rewards: Any, metadata: Sequence[dict[str, Any]] = ()
+) -> dict[str, Tensor]:
     """Score pictures.
 
     Args:
         images: (N, 3, H, W) in [0, 1], or files of any size.
         prompts: N texts, or one for all.
         rewards: as in `panel`.
+        metadata: what is known of each prompt, for rewards that need it; N dicts, or none.
 
     Returns:
         reward name -> (N,) float32, with "total"; NaN where a score failed.
@@ -128,9 +134,12 @@ def score(images: Tensor | Sequence[str | Path], prompts: str | Sequence[str], r
     texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
     if len(texts) != count or not count:
         raise UserError(f"{count} pictures and {len(texts)} prompts: expected one prompt for all, or one each")
+    if metadata and len(metadata) != count:
+        raise UserError(f"{count} pictures and metadata of {len(metadata)}: expected one each")
     judges, found, first = panel(rewards), [], 0
     for batch in batches:  # files may differ in size
-        found.append(judges.score(RewardInput(batch, texts[first : first + len(batch)])).by_name())
+        rows = slice(first, first + len(batch))
+        found.append(judges.score(RewardInput(batch, texts[rows], list(metadata[rows]))).by_name())
         first += len(batch)
     return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from visalign import checkpoint, prompts, registry
-from visalign.config import Config, load
+from visalign.config import Config, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.policy import Policy
@@ -25,6 +25,10 @@ def trainer(config: Config) -> Trainer:
     kind = registry.load("trainers", config.trainer.name)
     if not config.rewards:
         raise UserError("rewards: none given; name at least one, such as rewards.toybox=1.0")
+    # what costs nothing to refuse, before weights are loaded
+    validate(kind.Config, config.trainer.options, "trainer")
+    registry.check_rewards(config.rewards | config.eval.rewards)
+    checkpoint.to_resume(config.run.path, config.run.resume)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     train_prompts, test_prompts = prompts.load(config.prompts.train), prompts.load(config.prompts.test)
@@ -33,7 +37,9 @@ def trainer(config: Config) -> Trainer:
     rewards = registry.build_panel(config.rewards, config.policy.model, processes.device)
     for alias, reward in rewards.rewards.items():
         if getattr(reward, "held_out_only", False):
-            raise UserError(f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)")
+            raise UserError(
+                f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)"
+            )
     judges = registry.build_panel(config.eval.rewards or config.rewards, config.policy.model, processes.device)
     built = kind(Session(config, processes, learner, rewards, judges, train_prompts, test_prompts))
     if processes.main:
@@ -49,7 +55,12 @@ def policy(config: Config, device: torch.device) -> Policy:
     loaded = registry.load_policy(section.model, section.family, section.precision, section.dtype, **options)
     torch.manual_seed(config.run.seed)  # the adapter's first weights
     if section.lora:
-        loaded.add_lora(section.lora.rank, section.lora.alpha, section.lora.targets)
+        if not hasattr(loaded.family.network, "add_adapter"):
+            raise UserError(f"policy.lora: {section.model} can't hold an adapter; use policy.lora=null to train all its weights")
+        try:
+            loaded.add_lora(section.lora.rank, section.lora.alpha, section.lora.targets)
+        except ValueError as error:
+            raise UserError(f"policy.lora.targets: {' '.join(str(error).split())[:200]}") from None
     else:
         loaded.family.network.requires_grad_(True)
     if section.gradient_checkpointing:
@@ -95,13 +106,16 @@ def export(policy: Policy, folder: Path, merge: bool = False) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from None
-    if policy.lora and not merge:
-        from peft import get_peft_model_state_dict
+    try:
+        if policy.lora and not merge:
+            from peft import get_peft_model_state_dict
 
-        policy.family.save_adapter(folder, get_peft_model_state_dict(network))
-        return "adapter"
-    if policy.lora:
-        network.fuse_lora()
-        network.unload_lora()
-    policy.family.save(folder)
-    return "pipeline"
+            policy.family.save_adapter(folder, get_peft_model_state_dict(network))
+            return "adapter"
+        if policy.lora:
+            network.fuse_lora()
+            network.unload_lora()
+        policy.family.save(folder)
+        return "pipeline"
+    except NotImplementedError as reason:
+        raise UserError(f"export: {reason}") from None

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,10 +34,19 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], optimiz
     (fresh / "state.json").write_text(json.dumps({"step": step} | state, indent=2))
     for file in fresh.iterdir():
         _flush(file)
-    shutil.rmtree(final, ignore_errors=True)
+    later = [path for path in found(folder) if int(path.name[5:]) > step]  # of a course that was left when the run went back
+    for path in [*later, *([final] if final.exists() else [])]:
+        _set_aside(path)
     fresh.rename(final)
     _flush(folder)
     return final
+
+
+def _set_aside(path: Path) -> None:
+    """Take its name from a checkpoint at one stroke; what is deleted piece by piece must not pass for complete."""
+    aside = path.with_suffix(".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def _flush(path: Path) -> None:
@@ -59,9 +67,11 @@ def load(folder: Path, stems: Sequence[str]) -> tuple[dict[str, dict[str, Tensor
         tensors = {stem: load_file(folder / f"{stem}.safetensors") for stem in stems}
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         state = json.loads((folder / "state.json").read_text())
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"checkpoint {folder} can't be read ({reason}); delete it to resume from the one before, or set run.resume=never") from None
+        raise UserError(
+            f"checkpoint {folder} can't be read ({reason}); delete it to go on from the one before, or choose another run.path"
+        ) from None
     return tensors, optimizer, state
 
 
@@ -72,23 +82,31 @@ def found(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`, and what an interrupted write left behind."""
-    for old in [*found(folder)[:-keep], *folder.glob("step_*.new")]:
-        shutil.rmtree(old, ignore_errors=True)
+    """Delete all but the newest `keep`, and what interrupted writes and abandoned courses left behind."""
+    for old in found(folder)[:-keep]:
+        _set_aside(old)
+    for left in [*folder.glob("step_*.new"), *folder.glob("step_*.old")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def to_resume(run: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` means, or None to start afresh."""
+    """The checkpoint that `run.resume` means, or None to start afresh.
+
+    Raises:
+        UserError: "never" where there are checkpoints, or no checkpoint there (as given, in the run folder, or among its checkpoints).
+    """
     folder = run / "checkpoints"
     existing = found(folder)
     if resume == "auto":
         return existing[-1] if existing else None
     if resume == "never":
         if existing:
-            raise UserError(f"{run} already holds checkpoints up to {existing[-1].name}; choose another run.path, or run.resume=auto to go on")
+            raise UserError(
+                f"{run} already holds checkpoints up to {existing[-1].name}; choose another run.path, or run.resume=auto to go on"
+            )
         return None
-    path = Path(resume)
-    if not (path / "state.json").is_file():
-        near = f"; {run} has {', '.join(p.name for p in existing)}" if existing else ""
-        raise UserError(f"run.resume: no checkpoint at {resume!r} (expected auto, never, or a folder such as checkpoints/step_50){near}")
-    return path
+    for path in (Path(resume), run / resume, folder / resume):
+        if (path / "state.json").is_file():
+            return path
+    known = f"; {run} has {', '.join(p.name for p in existing)}" if existing else ""
+    raise UserError(f"run.resume: no checkpoint at {resume!r} (expected auto, never, or a checkpoint's folder){known}")

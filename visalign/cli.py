@@ -29,7 +29,7 @@ def parser() -> Parser:
     """Every command with its options."""
     top = Parser("visalign", description="Align image and video generators with reward models.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    recipe = {"nargs": "*", "metavar": "[CONFIG] [key.sub=value …]", "help": "a recipe (default: toybox) and overrides"}
+    recipe: dict[str, Any] = {"nargs": "*", "metavar": "[CONFIG] [key.sub=value …]", "help": "a recipe (default: toybox) and overrides"}
     commands.add_parser("train", help="train by a recipe").add_argument("words", **recipe)
     commands.add_parser("check", help="preflight: is this recipe's training correct?").add_argument("words", **recipe)
     one = commands.add_parser("evaluate", help="judge a recipe's base model, or a run")
@@ -57,22 +57,40 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 1 for a failed check, 2 for bad input."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command; its exit code: 0, 1 for a failed check or a loss that is not finite, 2 for bad input, 130 when interrupted."""
     try:
-        top = parser()
-        if words and not words[0].startswith("-"):
-            _known(words[0])
-        parsed = top.parse_args(words)
-        if parsed.command is None:
-            top.print_help()
-            return 0
-        if parsed.command in LATER:
-            raise UserError(f"`visalign {parsed.command}` is not in this version: it comes with {LATER[parsed.command]}")
-        return globals()[f"_{parsed.command}"](parsed)
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        print(f"visalign: {error}", file=sys.stderr)
-        return 2
+        return _say(error, 2)
+    except RuntimeError as error:
+        from visalign.scoring import RewardError
+        from visalign.trainer import NonFiniteError
+
+        if not isinstance(error, NonFiniteError | RewardError):
+            raise
+        return _say(error, 2 if isinstance(error, RewardError) else 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from the newest checkpoint, if there is one", 130)
+
+
+def _say(what: object, code: int) -> int:
+    print(f"visalign: {what}", file=sys.stderr)
+    return code
+
+
+def _run(words: list[str]) -> int:
+    top = parser()
+    if words and not words[0].startswith("-"):
+        _known(words[0])
+    parsed, unknown = top.parse_known_args(words)  # what a later version knows is no mistake in this one
+    if parsed.command in LATER:
+        raise UserError(f"`visalign {parsed.command}` is not in this version: it comes with {LATER[parsed.command]}")
+    if unknown:
+        top.error(f"unknown option {unknown[0]}")
+    if parsed.command is None:
+        top.print_help()
+        return 0
+    return globals()[f"_{parsed.command}"](parsed)
 
 
 def _known(command: str) -> None:
@@ -83,7 +101,7 @@ def _known(command: str) -> None:
         raise UserError(f"no command {command!r}{nearest(command, known)}")
 
 
-def _split(words: Sequence[str]) -> tuple[str, list[str]]:
+def split(words: Sequence[str]) -> tuple[str, list[str]]:
     """(recipe, overrides) of a command line."""
     rest = list(words)
     return (rest.pop(0) if rest and "=" not in rest[0] else "toybox"), rest
@@ -98,7 +116,7 @@ def _train(parsed: argparse.Namespace) -> int:
 def _check(parsed: argparse.Namespace) -> int:
     from visalign import check, config
 
-    recipe, overrides = _split(parsed.words)
+    recipe, overrides = split(parsed.words)
     passed = True
     for finding in check.run(config.load(recipe, overrides)):
         print(finding, flush=True)
@@ -110,6 +128,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     from visalign import build, config, evaluation, prompts, registry
     from visalign.distributed import pick_device
 
+    if parsed.images is not None and parsed.images < 1:
+        raise UserError(f"--images {parsed.images}: expected 1 or more")
     source = Path(parsed.source)
     is_run = (source / "config.yaml").is_file()
     recipe = config.load(source / "config.yaml" if is_run else source)
@@ -117,11 +137,13 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     policy = build.restore(source, device) if is_run else build.policy(recipe, device)
     sections = _rewards(parsed.reward) or recipe.eval.rewards or recipe.rewards
     judges = registry.build_panel(sections, recipe.policy.model, device)
-    drawn = prompts.load(recipe.prompts.test).evaluation(_positive(parsed.images or recipe.eval.images, "--images"), recipe.prompts.balance)
-    guidance = parsed.guidance or recipe.eval.guidance or recipe.policy.guidance
+    drawn = prompts.load(recipe.prompts.test).evaluation(parsed.images or recipe.eval.images, recipe.prompts.balance)
+    scales = (parsed.guidance, recipe.eval.guidance, recipe.policy.guidance)
+    guidance = next(scale for scale in scales if scale is not None)
     steps = recipe.eval.steps or recipe.policy.steps
     found = evaluation.evaluate(policy, drawn, judges, steps=steps, guidance=guidance, seed=recipe.run.seed, batch=recipe.eval.batch)
-    figures = {n: v for n, v in found.metrics.items() if n.startswith("eval/")} | {"images": len(drawn), "steps": steps, "guidance": guidance}
+    figures = {name: value for name, value in found.metrics.items() if name.startswith("eval/")}
+    figures |= {"images": len(drawn), "steps": steps, "guidance": guidance}
     print("\n".join(f"{name.removeprefix('eval/'):<20} {value:.4g}" for name, value in figures.items()))
     if parsed.out:
         _write(parsed.out, figures)
@@ -131,10 +153,13 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 def _score(parsed: argparse.Namespace) -> int:
     from visalign import api, prompts
 
-    texts = parsed.prompt if parsed.prompt is not None else prompts.load(parsed.prompts).texts
+    texts, metadata = parsed.prompt, []
+    if texts is None:
+        listed = prompts.load(parsed.prompts)
+        texts, metadata = listed.texts, listed.metadata
     extra = {"checkpoint": parsed.checkpoint} if parsed.checkpoint else {}
     rewards = {name: section.model_dump() | extra for name, section in _rewards(parsed.reward).items()}
-    scores = api.score(parsed.files, texts, rewards)
+    scores = api.score(parsed.files, texts, rewards, metadata)
     for n, file in enumerate(parsed.files):
         print(file + "  " + "  ".join(f"{name} {values[n]:.4f}" for name, values in scores.items()))
     return 0
@@ -167,22 +192,13 @@ def _list(parsed: argparse.Namespace) -> int:
 
 def _rewards(words: Sequence[str]) -> dict[str, Any]:
     """`NAME[=WEIGHT]` words as reward sections."""
-    from visalign.config import RewardSection
+    from visalign.config import RewardSection, validate
 
     sections: dict[str, Any] = {}
     for word in words:
         name, sign, weight = word.partition("=")
-        try:
-            sections[name] = RewardSection(use=name, weight=float(weight) if sign else 1.0)
-        except ValueError:
-            raise UserError(f"--reward {word}: expected NAME or NAME=WEIGHT with a number, got {weight!r}") from None
+        sections[name] = validate(RewardSection, {"use": name} | ({"weight": weight} if sign else {}), f"--reward {name}")
     return sections
-
-
-def _positive(value: int, option: str) -> int:
-    if value < 1:
-        raise UserError(f"{option} {value}: expected 1 or more")
-    return value
 
 
 def _write(path: Path, figures: dict[str, float]) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from visalign.errors import UserError
+from visalign.overrides import is_number, put, read, split
 
 Positive = Annotated[int, Field(ge=1)]
+Above = Annotated[float, Field(gt=0)]
+AtLeastZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Model = TypeVar("Model", bound=BaseModel)
+UNION_BRANCH = re.compile(r"(constrained-)?(float|int|str|bool)|\w+\[.*\]")  # where several types are allowed, pydantic's keys name one
 
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -31,12 +36,12 @@ class RunSection(Section):
     checkpoint_every: Positive = 50  # steps
     keep_checkpoints: Positive = 2  # older ones are deleted
     device: str = "auto"  # auto: cuda, else mps, else cpu
-    threads: int | None = None  # CPU threads; None leaves torch's choice
+    threads: Positive | None = None  # CPU threads; None leaves torch's choice
 
 
 class LoraSection(Section):
     rank: Positive = 32
-    alpha: float = 64.0
+    alpha: Above = 64.0
     targets: list[str] = []  # names of linear layers; empty: the family's attention layers
 
 
@@ -63,7 +68,7 @@ class PromptsSection(Section):
 class RewardSection(BaseModel):
     """`alias: {use: NAME, weight: 1.0, …options of the reward}`; `alias: 1.0` is short for `{use: alias, weight: 1.0}`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     use: str
     weight: float = 1.0
 
@@ -80,7 +85,7 @@ class EvalSection(Section):
     guidance: float | None = None  # null: policy.guidance
     scan: list[float] = []  # guidance scales at which the base is judged once, to know its best
     batch: Positive = 64  # pictures per forward
-    grid: int = 16  # pictures in the before/after grid
+    grid: Positive = 16  # pictures in the before/after grid
 
 
 class ExplorationSection(Section):
@@ -92,20 +97,20 @@ class ExplorationSection(Section):
 
 class TransitionSection(Section):
     kind: Literal["flow_sde", "dance_sde", "cps", "ddim", "dpm_sde"] = "flow_sde"
-    level: Annotated[float, Field(gt=0)] = 0.7  # noise level: a, η of the transition
+    level: Above = 0.7  # noise level: a, η of the transition
 
 
 class CreditSection(Section):
     kind: Literal["terminal"] = "terminal"
     std: Literal["group", "global", "none"] = "global"  # by which spread advantages are divided
     aggregation: Literal["sum", "gdpo"] = "sum"  # several rewards: weighted sum, or normalised one by one
-    epsilon: float = 1e-4
-    clip: float = 5.0  # advantages are cut to ± clip
+    epsilon: AtLeastZero = 1e-4
+    clip: Above = 5.0  # advantages are cut to ± clip
 
 
 class RatioSection(Section):
     kind: Literal["plain"] = "plain"
-    clip: float | tuple[float, float] = 1e-4  # of the ratio p^(1/D): log-probabilities are means over latent elements
+    clip: Above | tuple[Above, Above] = 1e-4  # of the ratio p^(1/D): log-probabilities are means over latent elements
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -114,13 +119,13 @@ class RatioSection(Section):
 
 
 class OptimizerSection(Section):
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    warm_up: int = 0  # steps of linear warm-up
-    decay_steps: int | None = None  # linear decay to final_lr at this absolute step (not run.steps: a resumed run must not change course)
-    final_lr: float = 0.0
+    lr: AtLeastZero = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: AtLeastZero = 1e-4
+    max_grad_norm: Above = 1.0
+    warm_up: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up
+    decay_steps: Positive | None = None  # linear decay to final_lr at this step (absolute, so that a resumed run keeps its course)
+    final_lr: AtLeastZero = 0.0
 
 
 class TrainerSection(BaseModel):
@@ -168,7 +173,7 @@ def expand_rewards(rewards: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: expected a mapping of alias: weight or alias: {{use: NAME, …}}, got {rewards!r}")
     expanded: dict[str, Any] = {}
     for alias, value in rewards.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if is_number(value):
             value = {"weight": value}
         if not isinstance(value, dict):
             raise UserError(f"{where}.{alias}: expected a weight or {{use: NAME, weight: 1.0, …}}, got {value!r}")
@@ -189,19 +194,24 @@ def load(path: str | Path, overrides: Sequence[str] | dict[str, Any] = ()) -> Co
     Raises:
         UserError: missing or broken file, unknown key, wrong type.
     """
-    data = _read(find(path))
-    pairs = overrides.items() if isinstance(overrides, dict) else [_split(item) for item in overrides]
+    data = read(find(path))
+    pairs = overrides.items() if isinstance(overrides, dict) else [split(item) for item in overrides]
     for key, value in pairs:
-        _set(data, key, value)
+        put(data, key.split("."), value)
     return parse(data)
 
 
 def parse(data: dict[str, Any]) -> Config:
     """A recipe from a plain mapping; the trainer's own section is checked by the trainer."""
+    return validate(Config, data)
+
+
+def validate(model: type[Model], data: Any, where: str = "") -> Model:
+    """A checked section from plain values; `where` is its key, for messages."""
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(explain(error, Config)) from None
+        raise UserError(explain(error, model, where)) from None
 
 
 def find(path: str | Path) -> Path:
@@ -209,67 +219,38 @@ def find(path: str | Path) -> Path:
     given = Path(path)
     if given.is_file():
         return given
-    folder = Path(str(files("visalign.configs")))
-    name = given.name if given.suffix else f"{given.name}.yaml"
-    if (folder / name).is_file():
-        return folder / name
-    near = difflib.get_close_matches(name, [p.name for p in folder.glob("*.yaml")], 1)
-    raise UserError(f"no config {str(path)!r}, neither as a file nor among the packaged recipes" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected sections such as `run:` and `policy:`, got {type(data).__name__}")
-    return data
-
-
-def _split(item: str) -> tuple[str, Any]:
-    key, sign, value = item.partition("=")
-    if not sign or not key:
-        raise UserError(f"override {item!r}: expected key.sub=value, such as run.steps=20")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"override {item!r}: {value!r} is not valid YAML") from None
-
-
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for n, name in enumerate(parents):
-        inner = data.get(name)
-        if isinstance(inner, int | float) and parents[:n] and parents[n - 1] == "rewards" or (parents[0] == "rewards" and n == 1):
-            inner = inner if isinstance(inner, dict) else {} if inner is None else {"weight": inner}
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise UserError(f"override {key}: {'.'.join(parents[: n + 1])} is {inner!r}, which has no keys")
-        data[name] = inner
-        data = inner
-    data[last] = value
+    name = given.name.removesuffix(".yaml")
+    if str(given.parent) in (".", "configs") and name in packaged():
+        return Path(str(files("visalign.configs"))) / f"{name}.yaml"
+    if given.is_dir():
+        raise UserError(f"{path} is a folder: expected a YAML file, or the name of a packaged recipe")
+    raise UserError(f"no config {str(path)!r}, neither as a file nor among the packaged recipes{nearest(name, packaged())}")
 
 
 # --- explaining --------------------------------------------------------------------------------------------------------
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line for the first error: which key, what was expected, what was given, and the nearest known key."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part not in ("tuple[float,float]", "float", "function-after")]
-    key = ".".join([prefix, *location] if prefix else location)
-    if first["type"] == "extra_forbidden":
+    """One line for one error: which key, what was expected, what was given, and the nearest known key."""
+    found = max(error.errors(), key=lambda e: len(e["loc"]))  # the first, or the branch of a union that came furthest
+    cause = found.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    location = [str(part) for part in found["loc"] if not UNION_BRANCH.fullmatch(str(part))]
+    key = ".".join([prefix, *location] if prefix else location) or "config"
+    if found["type"] == "extra_forbidden":
         return f"{key} is unknown{nearest(location[-1], _keys(model, location[:-1]))}"
-    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}: expected {message}, got {first.get('input')!r}"
+    if found["type"] == "missing":
+        return f"{key} is missing"
+    common = {"model_type": "keys with values", "tuple_type": "a list", "list_type": "a list", "dict_type": "keys with values"}
+    message = common.get(found["type"], found["msg"].removeprefix("Input should be "))
+    return f"{key}: expected {message}, got {found['input']!r}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """"; did you mean X?", or the list of what is known."""
+    """The end of a message: `; did you mean X?`, or the list of what is known."""
     near = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known)) or 'none'}"
 
 
 def _keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
@@ -281,8 +262,13 @@ def _keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors."""
-    return Config.model_json_schema()
+    """JSON schema of a recipe, for editors; configs/schema.json is this."""
+    found = Config.model_json_schema()
+    reward = found["$defs"]["RewardSection"]
+    reward["required"] = []  # `use` is the alias if it isn't given
+    for section in (found, found["$defs"]["EvalSection"]):
+        section["properties"]["rewards"]["additionalProperties"] = {"anyOf": [{"type": "number"}, {"$ref": "#/$defs/RewardSection"}]}
+    return found
 
 
 def packaged() -> list[str]:

@@ -13,7 +13,7 @@ from visalign.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is cuda, else mps, else cpu."""
+    """ "auto" is cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from visalign import monitors
+from visalign.config import Config
 from visalign.distributed import Processes
+from visalign.pictures import before_after
 from visalign.policy import Policy
+from visalign.prompts import PromptSet
 from visalign.rollout import Prompts
 from visalign.sampling import pictures
 from visalign.scoring import Panel, RewardInput
@@ -60,3 +64,49 @@ def evaluate(
     metrics["eval/tonal"] = monitors.tonal_diversity(images)
     statistics = monitors.image_statistics(images) | monitors.spectral(images)
     return Evaluation(prompts, images, scores, metrics | {f"image/{name}": value for name, value in statistics.items()})
+
+
+class Examiner:
+    """A run's evaluations: always the same prompts and noise, so that every grid shows the untrained model beside the trained."""
+
+    def __init__(self, config: Config, policy: Policy, judges: Panel, test_prompts: PromptSet, processes: Processes):
+        self.config, self.policy, self.judges, self.processes = config, policy, judges, processes
+        self.prompts = test_prompts.evaluation(config.eval.images, config.prompts.balance)
+        self.before: Evaluation | None = None
+
+    def __call__(self, step: int, scan: bool = False) -> dict[str, float]:
+        """Metrics of the policy as it is now; step 0 is what the later ones are compared with.
+
+        Args:
+            scan: judge it at every guidance of `eval.scan` as well, as base/eval/NAME@GUIDANCE.
+        """
+        section, policy = self.config.eval, self.config.policy
+        guidance = policy.guidance if section.guidance is None else section.guidance
+        found = self._evaluate(guidance, f"evaluate step {step}")
+        metrics = dict(found.metrics)
+        for scale in section.scan if scan else []:
+            other = found if scale == guidance else self._evaluate(scale, f"guidance {scale:g}")
+            metrics |= {f"base/{name}@{scale:g}": value for name, value in other.metrics.items() if name.startswith("eval/")}
+        if step == 0:
+            self.before = found
+        elif self.processes.main:
+            self._save_grid(step, found)
+        return metrics
+
+    def grid_path(self, step: int) -> Path:
+        return self.config.run.path / "samples" / f"step_{step:05d}.png"
+
+    def _evaluate(self, guidance: float, describe: str) -> Evaluation:
+        steps = self.config.eval.steps or self.config.policy.steps
+        common = {"steps": steps, "seed": self.config.run.seed, "batch": self.config.eval.batch}
+        return evaluate(self.policy, self.prompts, self.judges, guidance=guidance, describe=describe, processes=self.processes, **common)
+
+    def _save_grid(self, step: int, found: Evaluation) -> None:
+        assert self.before is not None, "step 0 is judged first"
+        rows = slice(0, self.config.eval.grid)
+        old, new = (next(iter(judged.scores.values())) for judged in (self.before, found))
+        marks = None
+        if torch.isin(new.nan_to_num(), torch.tensor([0.0, 1.0])).all():  # a verdict, not a degree
+            marks = [(bool(a), bool(b)) for a, b in zip(old[rows] > 0.5, new[rows] > 0.5, strict=True)]
+        self.grid_path(step).parent.mkdir(parents=True, exist_ok=True)
+        before_after(self.before.images[rows], found.images[rows], found.prompts.texts[rows], marks).save(self.grid_path(step))

@@ -77,7 +77,7 @@ def spectral(images: Tensor) -> dict[str, float]:
     Returns:
         high_frequency: share of the energy above 0.6 of the Nyquist frequency.
         peaks: decades by which the highest of the lines at 1/2, 1/8 and 1/16 cycles a pixel (horizontal, vertical, diagonal) stands
-            above the median of its surroundings.
+            above the median of its surroundings. Toybox scenes: 0.7 ± 0.2; with a grid of period 8 and amplitude 0.06: 2.3.
     """
     grey = luminance(images.float())
     height, width = grey.shape[-2:]

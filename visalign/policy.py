@@ -122,7 +122,8 @@ class Policy:
         names = list(targets or self.family.lora_targets)
         network: Any = self.family.network
         network.requires_grad_(False)
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names))
+        settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "init_lora_weights": "gaussian", "target_modules": names}
+        network.add_adapter(LoraConfig(**settings))
         for parameter in self.trainable():
             parameter.data = parameter.data.float()  # the base may be in half precision, what learns never is
         self.lora = True
@@ -176,7 +177,8 @@ class Average:
     def update(self) -> None:
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - keep)
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter.detach(), 1 - keep)
 
     @contextmanager
     def weights(self) -> Iterator[None]:

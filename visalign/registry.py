@@ -5,15 +5,19 @@ The only module that imports plug-ins. There is no list to edit: a file is its e
 
 from __future__ import annotations
 
+import ast
 import inspect
+import os
+import sys
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import BaseModel, ConfigDict, create_model
 
-from visalign.config import RewardSection, nearest
+from visalign.config import RewardSection, nearest, validate
 from visalign.errors import UserError
 from visalign.policy import PRECISIONS, Family, Policy
 from visalign.scoring import Panel, Reward
@@ -42,6 +46,8 @@ def load(kind: str, name: str) -> type[Any]:
     base = {"rewards": Reward, "trainers": Trainer, "families": Family}[kind]
     module_name, _, class_name = name.partition(":")
     if class_name:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # a console script does not look there
         try:
             found = getattr(import_module(module_name), class_name)
         except (ImportError, AttributeError) as error:
@@ -60,7 +66,27 @@ def load(kind: str, name: str) -> type[Any]:
 
 def summary(kind: str, name: str) -> str:
     """First line of a plug-in's module docstring."""
-    return (inspect.getdoc(import_module(f"visalign.{kind}.{name}")) or "").split("\n")[0]
+    text = (files(f"visalign.{kind}") / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]  # read, not imported: it may need a library that is missing
+
+
+def checked(kind: type[Any], options: dict[str, Any], where: str, skip: int = 0) -> dict[str, Any]:
+    """Options for a class, checked against the annotated arguments of its `__init__`, of which the first `skip` are not options.
+
+    Raises:
+        UserError: an unknown option, a wrong type, or one that is missing.
+    """
+    parameters = list(inspect.signature(kind).parameters.values())[skip:]
+    try:
+        hints = get_type_hints(kind.__init__)
+    except NameError:  # names that are imported for type checkers only
+        hints = {}
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in named}
+    others = "forbid" if all(p.kind != p.VAR_KEYWORD for p in parameters) else "allow"
+    settings = ConfigDict(extra=others, arbitrary_types_allowed=True, protected_namespaces=())
+    section: BaseModel = validate(create_model("Options", __config__=settings, **fields), options, where)
+    return {name: getattr(section, name) for name in options}
 
 
 # --- policies ----------------------------------------------------------------------------------------------------------
@@ -89,29 +115,40 @@ def load_policy(source: Any = "toybox", family: str | None = None, precision: st
     Raises:
         UserError: nothing there, or no family that knows the pipeline's class.
     """
+    for option, value in (("precision", precision), ("dtype", dtype)):
+        if value not in PRECISIONS:
+            raise UserError(f"policy.{option}: expected {', '.join(PRECISIONS)}, got {value!r}")
     if not isinstance(source, str):
-        kind = load("families", family or _family_of(type(source).__name__, repr(type(source))))
-        return Policy(kind(source, **options), precision, type(source).__name__)
+        name = family or _family_of(type(source).__name__, repr(type(source)))
+        kind = load("families", name)
+        return Policy(kind(source, **checked(kind, options, f"family {name}", skip=1)), precision, type(source).__name__)
     if source.startswith("toy:"):
-        return Policy(load("families", "toy").load(source, **options), precision, source)
+        kind = load("families", family or "toy")
+        return Policy(kind.load(source, **checked(kind, options, "policy.options", skip=1)), precision, source)
     path = resolve_model(source)
     if source.startswith("toybox"):
         options = {"max_sequence_length": 10} | options
     kind = load("families", family or _family_of(_pipeline_class(path), source))
+    options = checked(kind, options, "policy.options", skip=1)
     try:
         return Policy(kind.load(path, dtype=PRECISIONS[dtype], **options), precision, source)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot load model {source!r}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _pipeline_class(path: str) -> str:
     """`_class_name` of a folder's or hub id's model_index.json."""
-    from diffusers import DiffusionPipeline
+    folder = Path(path)
+    if (folder.exists() or folder.is_absolute() or path.startswith(".")) and not (folder / "model_index.json").is_file():
+        why = "it has no model_index.json" if folder.is_dir() else "no such folder"
+        raise UserError(f"model {path!r} is no diffusers pipeline: {why}; expected toybox, a pipeline's folder or a hub id")
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json")
     try:
-        return str(DiffusionPipeline.load_config(path)["_class_name"])
+        index: Any = DiffusionPipeline.load_config(path)
+        return str(index["_class_name"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot find model {path!r}: {' '.join(str(error).split())[:200]}") from None
 
@@ -133,14 +170,17 @@ def load_reward(name: str, **options: Any) -> Reward:
         UserError: no such reward, an unknown option, or a value it refuses.
     """
     kind = load("rewards", name)
-    known = [p for p in inspect.signature(kind.__init__).parameters if p != "self"]
-    for option in options:
-        if option not in known:
-            raise UserError(f"reward {name}: option {option} is unknown{nearest(option, known) if known else '; it has none'}")
     if isinstance(options.get("of"), dict):
-        inner = dict(options["of"])
-        options["of"] = load_reward(inner.pop("use"), **inner)
-    return kind(**options)
+        inner = validate(RewardSection, options["of"], f"reward {name}.of")
+        options["of"] = load_reward(inner.use, **inner.options)
+    return kind(**checked(kind, options, f"reward {name}"))
+
+
+def check_rewards(rewards: dict[str, RewardSection]) -> None:
+    """Refuse unknown rewards and wrong options before any weights are loaded."""
+    for section in rewards.values():
+        if "of" not in section.options:
+            checked(load("rewards", section.use), section.options, f"reward {section.use}")
 
 
 def build_panel(rewards: dict[str, RewardSection], model: str, device: torch.device | str = "cpu") -> Panel:

@@ -49,7 +49,7 @@ def rollout(
     guidance: float = 1.0,
     plan: StepPlan | None = None,
     dynamics: Dynamics | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Trajectory:
     """Denoise N prompts and keep the steps that the plan records.
 
@@ -139,7 +139,14 @@ def decode(policy: Policy, latents: Tensor, batch: int) -> Tensor:
 
 @torch.no_grad()
 def pictures(
-    policy: Policy, prompts: Prompts, *, steps: int, seed: int, batch: int = 64, guidance: float = 1.0, progress: Callable[[int], None] | None = None
+    policy: Policy,
+    prompts: Prompts,
+    *,
+    steps: int,
+    seed: int,
+    batch: int = 64,
+    guidance: float = 1.0,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """(N, 3, H, W) pictures in [0, 1] by the noise-free sampler."""
     condition = policy.family.encode(prompts.texts)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from visalign.rollout import Rows, Sliceable, take
+from visalign.rollout import Sliceable
 
 
 class RewardError(RuntimeError):
@@ -64,7 +64,7 @@ class RewardOutput:
         dense: (N, h, w) or (N, F, h, w) credit map, if the reward has one.
         uncertainty: (N,) in the unit of the scores.
         embeddings: name -> (N, D), for diversity and corrections.
-        info: anything worth keeping (a judge's text, a version, timings).
+        info: anything worth keeping: lists of N (a judge's texts), or single values (a version).
     """
 
     scores: Tensor
@@ -126,6 +126,7 @@ class Reward(ABC):
 
     def prepare(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
         """Fill caches (text features, references) for prompts that will come; scoring without it gives the same scores."""
+        del prompts, metadata
 
     def update(self, real: RewardInput, fake: RewardInput) -> dict[str, float]:
         """One training step of a trainable reward; returns metrics and changes `spec.version`."""
@@ -226,6 +227,7 @@ def _checked(reward: Reward, output: RewardOutput, count: int) -> RewardOutput:
 def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
     """Outputs of consecutive pieces of one batch as one output."""
     first = outputs[0]
+    lists = {key: [item for o in outputs for item in o.info[key]] for key, value in first.info.items() if isinstance(value, list)}
 
     def join(values: Sequence[Tensor | None]) -> Tensor | None:
         return None if values[0] is None else torch.cat([v for v in values if v is not None])
@@ -238,7 +240,5 @@ def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
         dense=join([o.dense for o in outputs]),
         uncertainty=join([o.uncertainty for o in outputs]),
         embeddings={key: torch.cat([o.embeddings[key] for o in outputs]) for key in first.embeddings},
+        info=first.info | lists,
     )
-
-
-__all__ = ["Panel", "Reward", "RewardError", "RewardInput", "RewardOutput", "RewardSpec", "Rows", "Scores", "concatenate", "take"]

@@ -12,7 +12,8 @@ def text(folder: Path) -> str:
     rows = tracking.read(folder)
     judged = [row for row in rows if any(key.startswith("eval/") for key in row)]
     first, last = judged[0], judged[-1]
-    lines = [f"step {last['step']:.0f}: {sum(r.get('images', 0) for r in rows):,.0f} pictures, {sum(r.get('seconds', 0) for r in rows) / 60:.1f} minutes of training"]
+    images, minutes = sum(row.get("images", 0) for row in rows), sum(row.get("seconds", 0) for row in rows) / 60
+    lines = [f"step {last['step']:.0f}: {images:,.0f} pictures, {minutes:.1f} minutes of training"]
     for key in [key for key in last if key.startswith("eval/") and key in first]:
         name = key.removeprefix("eval/")
         scan = {k.rpartition("@")[2]: v for k, v in first.items() if k.startswith(f"base/{key}@")}

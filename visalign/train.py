@@ -9,24 +9,18 @@ from pathlib import Path
 # As a script, this folder would come first on the module path and its files would hide others of the same name.
 sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != Path(__file__).resolve().parent]
 
-from visalign import build, config, summary  # noqa: E402
-from visalign.errors import UserError  # noqa: E402
+from visalign import build, cli, config, summary  # noqa: E402
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Load, build, fit; the exit code."""
-    words = list(arguments)
-    recipe = words.pop(0) if words and "=" not in words[0] else "toybox"
-    try:
-        trainer = build.trainer(config.load(recipe, words))
-        folder = trainer.fit()
-    except UserError as error:
-        print(f"visalign: {error}", file=sys.stderr)
-        return 2
+    recipe, overrides = cli.split(words)
+    trainer = build.trainer(config.load(recipe, overrides))
+    folder = trainer.fit()
     if trainer.processes.main:
         print(summary.text(folder))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from visalign import checkpoint, report
-from visalign.config import Config, Positive, Section, explain
+from visalign.config import Config as Recipe
+from visalign.config import Positive, Section, explain
 from visalign.distributed import Processes
 from visalign.errors import UserError
-from visalign.evaluation import Evaluation, evaluate
+from visalign.evaluation import Examiner
 from visalign.losses import Loss
 from visalign.noise import seed_for
-from visalign.pictures import before_after
 from visalign.policy import Average, Policy
 from visalign.prompts import PromptSet
 from visalign.rollout import Minibatch, Prompts, Rollout
@@ -31,7 +31,7 @@ from visalign.scoring import Panel
 from visalign.tracking import Tracker
 
 
-class NonFinite(RuntimeError):
+class NonFiniteError(RuntimeError):
     """The loss is NaN or infinite; the optimizer has not stepped."""
 
 
@@ -39,7 +39,7 @@ class NonFinite(RuntimeError):
 class Session:
     """What a run is made of."""
 
-    config: Config
+    config: Recipe
     processes: Processes
     policy: Policy
     rewards: Panel
@@ -61,7 +61,7 @@ class Trainer(ABC):
         stacked_timesteps: Positive = 1  # timesteps of a micro-batch that share a forward
         updates: Positive = 1  # optimizer steps per rollout
 
-    settings: Config
+    settings: Any  # of the subclass's own Config
     invalid_for_distilled: ClassVar[bool] = False
 
     def __init__(self, session: Session):
@@ -80,7 +80,7 @@ class Trainer(ABC):
         )
         accelerator = self.processes.accelerator
         self.policy.network, self.optimizer = accelerator.prepare(self.policy.network, self.optimizer)
-        self.before: Evaluation | None = None
+        self.examiner = Examiner(self.config, self.policy, session.judges, session.test_prompts, self.processes)
 
     # --- what an algorithm is ------------------------------------------------------------------------------------------
 
@@ -107,14 +107,18 @@ class Trainer(ABC):
         tracker = Tracker(folder, self.config.log, self.config.model_dump(mode="json"), done) if self.processes.main else None
         if tracker and not done:
             tracker.log(0, base)
-        bar = tqdm(range(done + 1, run.steps + 1), initial=done, total=run.steps, desc="train", unit="step", disable=not self.processes.main)
+        bar = tqdm(
+            range(done + 1, run.steps + 1), initial=done, total=run.steps, desc="train", unit="step", disable=not self.processes.main
+        )
         for step in bar:
             row = self.step(step)
             bar.set_postfix(reward=f"{row['reward/mean']:.3f}", loss=f"{row['loss']:.2e}")
-            if step % self.config.eval.every == 0 or step == run.steps:
-                row |= self.judge(step)
+            judged = step % self.config.eval.every == 0 or step == run.steps
+            row |= self.judge(step) if judged else {}
             if tracker:
                 tracker.log(step, row)
+            if tracker and judged:
+                tracker.image(step, "before/after", self.examiner.grid_path(step))
             if step % run.checkpoint_every == 0 or step == run.steps:
                 self.save(step)
         if tracker:
@@ -122,6 +126,11 @@ class Trainer(ABC):
             report.write(folder)
         self.processes.wait()
         return folder
+
+    def judge(self, step: int, scan: bool = False) -> dict[str, float]:
+        """Evaluate the averaged weights on the test prompts."""
+        with self.average.weights() if self.average else nullcontext():
+            return self.examiner(step, scan)
 
     def step(self, step: int) -> dict[str, float]:
         """One collection and its updates; the metrics of the step."""
@@ -153,7 +162,9 @@ class Trainer(ABC):
             if number:  # only before the first update does the ratio measure how exact the replay is
                 metrics.pop("ratio/max_deviation", None)
             for name, value in metrics.items():
-                totals[name] = totals.get(name, value.new_zeros(())) + value / (1 if name == "ratio/max_deviation" else self.settings.updates)
+                totals[name] = totals.get(name, value.new_zeros(())) + value / (
+                    1 if name == "ratio/max_deviation" else self.settings.updates
+                )
         return {name: value.item() for name, value in totals.items()} | {"lr": rate}
 
     def update(self, batches: list[Minibatch]) -> dict[str, Tensor]:
@@ -170,7 +181,9 @@ class Trainer(ABC):
                 sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
         sums = {n: self.processes.max(v) if n == "ratio/max_deviation" else self.processes.mean(v) for n, v in sums.items()}
         if not sums["loss"].isfinite():
-            raise NonFinite(f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})")
+            raise NonFiniteError(
+                f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})"
+            )
         sums["grad_norm"] = torch.as_tensor(
             self.processes.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         ).detach()
@@ -203,47 +216,19 @@ class Trainer(ABC):
 
     # --- around the loop -----------------------------------------------------------------------------------------------
 
-    def judge(self, step: int, scan: bool = False) -> dict[str, float]:
-        """Evaluate the averaged weights on the test prompts; saves the before/after grid."""
-        section, policy, run = self.config.eval, self.config.policy, self.config.run
-        prompts = self.session.test_prompts.evaluation(section.images, self.config.prompts.balance)
-        steps, guidance = section.steps or policy.steps, policy.guidance if section.guidance is None else section.guidance
-        common: dict[str, Any] = {"steps": steps, "seed": run.seed, "batch": section.batch, "processes": self.processes}
-        metrics: dict[str, float] = {}
-        with self.average.weights() if self.average else nullcontext():
-            found = evaluate(self.policy, prompts, self.session.judges, guidance=guidance, describe=f"evaluate step {step}", **common)
-            for scale in section.scan if scan else []:
-                if scale != guidance:
-                    other = evaluate(self.policy, prompts, self.session.judges, guidance=scale, describe=f"guidance {scale:g}", **common)
-                metrics |= {f"base/{name}@{scale:g}": value for name, value in _judges(found if scale == guidance else other).items()}
-        if step == 0:
-            self.before = found
-        elif self.processes.main:
-            self._save_grid(step, found)
-        return found.metrics | metrics
-
-    def _save_grid(self, step: int, found: Evaluation) -> None:
-        assert self.before is not None
-        first = next(iter(found.scores.values()))
-        rows = slice(0, self.config.eval.grid)
-        marks = None
-        if torch.isin(first.nan_to_num(), torch.tensor([0.0, 1.0])).all():  # a verdict, not a degree
-            old = next(iter(self.before.scores.values()))
-            marks = [(bool(a), bool(b)) for a, b in zip(old[rows] > 0.5, first[rows] > 0.5, strict=True)]
-        sheet = before_after(self.before.images[rows], found.images[rows], found.prompts.texts[rows], marks)
-        folder = self.config.run.path / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f"step_{step:05d}.png")
-
     def save(self, step: int) -> None:
         """Write a checkpoint; only the main process writes, the others wait."""
         if self.processes.main:
             names = list(self.policy.named_trainable())
-            tensors = {"trainable": dict(zip(names, self.parameters, strict=True))}
+            tensors: dict[str, dict[str, Tensor]] = {"trainable": {name: p.data for name, p in zip(names, self.parameters, strict=True)}}
             if self.average:
                 tensors["average"] = dict(zip(names, self.average.values, strict=True))
             tensors["rewards"] = {f"{a}/{n}": v for a, r in self.session.rewards.rewards.items() for n, v in r.state_dict().items()}
-            state = {"updates": self.average.updates if self.average else 0, "seed": self.config.run.seed}
+            state = {
+                "updates": self.average.updates if self.average else 0,
+                "seed": self.config.run.seed,
+                "processes": self.processes.count,
+            }
             folder = self.config.run.path / "checkpoints"
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)
@@ -272,7 +257,9 @@ class Trainer(ABC):
     def _check_geometry(self) -> None:
         settings, world = self.settings, self.processes.count
         if settings.prompts % world:
-            raise UserError(f"trainer.prompts={settings.prompts} can't be split into whole groups over {world} processes; use a multiple of {world}")
+            raise UserError(
+                f"trainer.prompts={settings.prompts} can't be split into whole groups over {world} processes; use a multiple of {world}"
+            )
         own = settings.prompts // world * settings.group_size
         if settings.group_size < 2:
             raise UserError("trainer.group_size=1: a group of one has nothing to be compared with; use 2 or more")
@@ -282,10 +269,8 @@ class Trainer(ABC):
                 f"{own} pictures of a process (trainer.prompts × trainer.group_size / processes)"
             )
         if self.policy.family.step_distilled and self.invalid_for_distilled:
-            raise UserError(f"{self.config.trainer.name} trains on the forward process, which is invalid for the step-distilled {self.policy.name}")
+            raise UserError(
+                f"{self.config.trainer.name} trains on the forward process, which is invalid for the step-distilled {self.policy.name}"
+            )
         if math.isclose(self.config.optimizer.lr, 0.0):
             raise UserError("optimizer.lr=0 trains nothing")
-
-
-def _judges(found: Evaluation) -> dict[str, float]:
-    return {name: value for name, value in found.metrics.items() if name.startswith("eval/")}

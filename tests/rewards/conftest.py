@@ -110,9 +110,9 @@ def text_batch() -> RewardInput:
         ImageDraw.Draw(picture).text((16, 24), text, fill=(30, 20, 70), font=ImageFont.load_default(36))
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
-    images = torch.stack([drawn(text) for text in ("OPEN", "HOUSE", "CLOSED")])
+    images = torch.stack([drawn(text) for text in ("OPEN", "CLOSED")])
     noise = 0.01 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return RewardInput((images + noise).clamp(0.02, 0.98), [f'a sign that says "{text}"' for text in ("OPEN", "HOUSE", "HOUSE")])
+    return RewardInput((images + noise).clamp(0.02, 0.98), [f'a sign that says "{text}"' for text in ("OPEN", "HOUSE")])
 
 
 BATCHES: dict[str, Callable[[], RewardInput]] = {"geneval": coco_batch, "ocr": text_batch}

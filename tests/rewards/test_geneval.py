@@ -150,9 +150,8 @@ def tiny_models(folder: Path) -> dict[str, str]:
     end = len(words) - 1
     text = layers | {"vocab_size": len(words), "max_position_embeddings": 77, "eos_token_id": end, "bos_token_id": end - 1}
     vision = layers | {"image_size": 32, "patch_size": 8}
-    transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(
-        folder / "clip"
-    )
+    clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(clip).save_pretrained(folder / "clip")
     return {"checkpoint": str(folder / "detector"), "color_checkpoint": str(folder / "clip")}
 
 

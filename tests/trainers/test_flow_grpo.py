@@ -68,7 +68,7 @@ def test_grpo_reaches_the_closed_form_optimum_of_the_discrete_chain(tmp_path: Pa
     assert isinstance(family, Toy)
     # a member of a group of K is part of its own baseline, which scales the reward's gradient by 1 - 1/K
     shift, mean = family.optimum(Dynamics(kind, level), target, beta / (1 - 1 / trainer.settings.group_size))
-    learnt = family.network.shift.detach().double()
+    learnt = family.toy.shift.detach().double()
     base = family.optimum(Dynamics(kind, level), target, 1e9)[1]
     rows = trainer.collect(trainer.draw(steps + 1), steps + 1).trajectory.final.double()
     assert (mean - base).norm() > 0.3, "the optimum is far enough from the start to be missed"

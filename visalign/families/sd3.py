@@ -10,7 +10,7 @@ from typing import Any
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline, calculate_shift
 from torch import Tensor, nn
 
 from visalign.paths import Flow
@@ -85,8 +85,6 @@ class SD3(Family):
     def grid(self, steps: int) -> Tensor:
         scheduler, extra = self.pipeline.scheduler, {}
         if scheduler.config.get("use_dynamic_shifting", None):
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
             patch = self.pipeline.transformer.config.patch_size
             tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
             names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
@@ -127,7 +125,7 @@ class SD3(Family):
         # Without the metadata, stock diffusers takes alpha = rank.
         metadata = self.pipeline.transformer.peft_config["default"].to_dict()
         StableDiffusion3Pipeline.save_lora_weights(
-            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata, safe_serialization=True
+            folder, transformer_lora_layers=dict(state), transformer_lora_adapter_metadata=metadata, safe_serialization=True
         )
 
     def save(self, folder: FilePath) -> None:

@@ -28,6 +28,10 @@ SPAN = 20.0  # a "picture" is (3, 1, 1): the point's coordinates, ± SPAN / 2 ma
 class ToyNetwork(nn.Module):
     """Exact velocity E[x1 - x0 | x] of the mixture plus `shift` (T, 2), read at the grid time nearest to sigma."""
 
+    weights: Tensor
+    means: Tensor
+    grid: Tensor
+
     def __init__(self, weights: Tensor, means: Tensor, std: float, grid: Tensor):
         super().__init__()
         self.register_buffer("weights", weights)
@@ -60,7 +64,7 @@ class Toy(Family):
             raise UserError(f"no toy world {world!r}; known: {', '.join(WORLDS)}")
         weights, means, std = WORLDS[world]
         self.path, self.latent_shape, self.steps = Flow(), (2,), steps
-        self.network: ToyNetwork = ToyNetwork(torch.tensor(weights), torch.tensor(means), std, linear(steps))
+        self.toy = self.network = ToyNetwork(torch.tensor(weights), torch.tensor(means), std, linear(steps))
 
     @classmethod
     def load(cls, source: str, **options: int) -> Toy:
@@ -90,15 +94,15 @@ class Toy(Family):
         The last step is an ODE step and keeps its shift of 0. With P_j = Π_{i>j} ∂μ_i/∂x the shift moves the final mean by Σ κ_j P_j θ_j,
         at a price of beta Σ κ_j² ‖θ_j‖² / 2ς_j²; so θ_j = ς_j² P_j (target - mean) / (beta κ_j), a linear equation in the mean.
         """
-        grid = self.network.grid.double()
+        grid = self.toy.grid.double()
         t, t_next = grid[:-1], grid[1:]
         step = dynamics(self.path, t, t_next)
         last = torch.arange(len(t)) == len(t) - 1
         a, c, std = step.a, torch.where(last, t_next, step.c), torch.where(last, 0.0, step.std)
         x = torch.zeros(len(t), 2, dtype=torch.float64)
-        base = self.network.double().base
+        base = self.toy.double().base
         offset, slope = base(x, t), (base(x + 1, t) - base(x, t))[:, 0]
-        self.network.float()
+        self.toy.float()
         gamma, kappa = mean_weights(self.path, a, c, t)
         push, carry = gamma + kappa * slope, kappa[:, None] * offset  # μ_{j+1} = push μ_j + carry
         later = torch.stack([push[j + 1 :].prod() for j in range(len(t))])

@@ -10,9 +10,13 @@ import copy
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -32,7 +36,7 @@ from visalign.toybox.pretrain import Pictures, Progress, draw, warm_then_fall
 
 WIDTH = 128  # of the joint text sequence, and of the transformer
 CLIP_TOKENS, T5_TOKENS, STOCK_T5_TOKENS = 14, 10, 256
-VAE_STEPS, FLOW_STEPS, PICTURES = 800, 6000, 36000
+VAE_STEPS, FLOW_STEPS, PICTURES = 800, 8500, 36000
 
 
 def build(out: Path, work: Path, device: torch.device) -> None:
@@ -41,8 +45,9 @@ def build(out: Path, work: Path, device: torch.device) -> None:
     pictures = draw(PICTURES, seed=1)
     vae = train_vae(pictures, work, device)
     latents = encode(vae, pictures, work / "latents.safetensors", device)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4))
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    scale, shift = round(1 / latents.std().item(), 4), round(latents.mean().item(), 4)
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    latents = (latents - shift) * scale
     pipeline = assemble(vae)
     train_flow(pipeline, latents, pictures.prompts, work, device)
     pipeline.save_pretrained(out / "sd3", safe_serialization=True)
@@ -139,10 +144,13 @@ def small_transformer() -> SD3Transformer2DModel:
 
 
 def small_vae() -> AutoencoderKL:
+    levels: dict[str, Any] = {  # diffusers annotates them as tuples of one
+        "block_out_channels": (16, 32, 48),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+    }
     return AutoencoderKL(
-        block_out_channels=(16, 32, 48),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        **levels,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -159,7 +167,8 @@ def small_vae() -> AutoencoderKL:
 
 def train_vae(pictures: Pictures, work: Path, device: torch.device) -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = small_vae().to(device)
+    vae: Any = small_vae()
+    vae.to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     progress = Progress(work / "vae.pt", {"vae": vae, "optimizer": optimizer})
     for step in progress.steps(VAE_STEPS):
@@ -179,12 +188,12 @@ def train_vae(pictures: Pictures, work: Path, device: torch.device) -> Autoencod
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Pictures, cache: Path, device: torch.device) -> Tensor:
+def encode(vae: Any, pictures: Pictures, cache: Path, device: torch.device) -> Tensor:
     """(N, 4, 16, 16) float32 means of the posterior; kept in a file, since a resumed run needs them again."""
     if not cache.exists():
         chunks = tqdm(torch.arange(len(pictures.prompts)).split(256), "latents", leave=False)
         latents = [vae.encode(pictures.batch(c).to(device) * 2 - 1).latent_dist.mode().cpu() for c in chunks]
-        save_file({"latents": torch.cat(latents)}, cache)
+        save_file({"latents": torch.cat(latents).contiguous()}, cache)
     return load_file(cache)["latents"]
 
 
@@ -216,12 +225,16 @@ def train_flow(pipeline: StableDiffusion3Pipeline, latents: Tensor, prompts: lis
     hidden = [p for p in model.transformer.transformer_blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not h for h in hidden)]
     optimizers = {
-        "muon": torch.optim.Muon(hidden, 1.5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),  # twice AdamW's pace here
+        "muon": torch.optim.Muon(
+            hidden, 1.5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),  # twice AdamW's pace here
         "adamw": torch.optim.AdamW(others, 1e-3, (0.9, 0.98), weight_decay=0.01),
     }
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     clip_ids = pipeline.tokenizer([*prompts, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    t5_ids = pipeline.tokenizer_3([*prompts, ""], padding="max_length", max_length=STOCK_T5_TOKENS, truncation=True, return_tensors="pt").input_ids
+    t5_ids = pipeline.tokenizer_3(
+        [*prompts, ""], padding="max_length", max_length=STOCK_T5_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
     progress = Progress(work / "flow.pt", {"model": model, "average": average} | optimizers)
     for step in progress.steps(FLOW_STEPS):
         for name, optimizer in optimizers.items():

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from visalign.toybox.scenes import COLOURS, GROUND, SHAPES, SIZE, Object, render
 
 LEAST_OVERLAP = 0.90  # intersection over union with a template below which a shape is "unknown"
-LEAST_MARGIN = 0.04  # and so is one that overlaps another shape's template almost as well (a square with round corners)
+LEAST_MARGIN = 0.06  # and so is one that overlaps another shape's template almost as well (a square with round corners)
 COLOUR_TOLERANCE = 44 / 255  # Euclidean distance in RGB; palette colours are at least 150/255 from the ground
 HAZE_TOLERANCE = 24 / 255  # the same for the ground, where noise is averaged away
 LEAST_AREA, MOST_AREA = 12, 1000  # pixels of an object; the world's own have 78 … 680
@@ -234,5 +234,5 @@ def _object(x: float, y: float, area: float, colour: int, tinted: bool, likeness
     second, best = np.argsort(likeness)[-2:]
     clear = likeness[best] >= LEAST_OVERLAP and likeness[best] - likeness[second] >= LEAST_MARGIN
     shape = SHAPES[best] if clear else "unknown"
-    radius = (area / area_of(SHAPES[best])) ** 0.5
+    radius = float((area / area_of(SHAPES[best])) ** 0.5)
     return Object(shape, "unknown" if tinted else list(COLOURS)[colour], float(x), float(y), radius, float(turn))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from visalign.toybox import scenes
 
+WORK = Path.home() / ".cache" / "visalign" / "pretrain"
 PARTS = ("prompts", "sd3", "clip", "judge")
 
 
@@ -54,7 +55,7 @@ class Progress:
         every: steps between two saves.
     """
 
-    def __init__(self, path: Path, parts: dict[str, torch.nn.Module | torch.optim.Optimizer], every: int = 250):
+    def __init__(self, path: Path, parts: Mapping[str, torch.nn.Module | torch.optim.Optimizer], every: int = 250):
         self.path, self.parts, self.every = path, parts, every
         self.note: dict[str, float] = {}
 
@@ -95,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["all"], help=f"{', '.join(PARTS)} or all")
     parser.add_argument("--out", type=Path, default=Path("assets/toybox"), help="where the finished folders go")
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="states of unfinished trainings")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"states of unfinished trainings (default: {WORK})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     names = PARTS if "all" in args.parts else tuple(args.parts)

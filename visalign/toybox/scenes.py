@@ -236,6 +236,13 @@ def readable(metadata: Metadata) -> bool:
     return bool(clauses) and known and not twins
 
 
+def wanted(metadata: Metadata, prompt: str) -> Metadata | None:
+    """What a picture must show: from the metadata's `include` if it has one, else from the prompt; None if that cannot be read."""
+    if "include" in metadata:
+        return metadata if readable(metadata) else None
+    return parse(prompt)
+
+
 def meets(objects: Sequence[Object], metadata: Metadata) -> tuple[float, float]:
     """(strict, dense) in [0, 1]: strict is 1 when the objects are exactly what the record says, dense the mean credit of its clauses.
 

@@ -1,0 +1,56 @@
+"""`python -m benchmarks.search NAME key.sub=value …`: one recorded trial of the default job; without arguments, the table of all trials.
+
+A trial is `configs/toybox.yaml` with overrides; its held-out accuracies before and after and its seconds go to results/search.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.machine import describe
+from visalign import build, config, tracking
+
+FILE = Path(__file__).parent / "results" / "search.jsonl"
+
+
+def trial(name: str, overrides: list[str]) -> dict[str, object]:
+    """Train once and record."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = config.load("toybox", ["eval.scan=[]", *overrides, f"run.path={folder}", "run.resume=never"])
+        rows = tracking.read(build.trainer(recipe).fit())
+    first, last = rows[0], rows[-1]
+    found: dict[str, object] = {"name": name, "overrides": overrides, "steps": last["step"], "seed": recipe.run.seed}
+    found["minutes"] = round(sum(row.get("seconds", 0.0) for row in rows) / 60, 2)
+    for judge in ("strict", "second_judge", "diversity"):
+        found[judge] = [round(first[f"eval/{judge}"], 4), round(last[f"eval/{judge}"], 4)]
+    curve = [(row["step"], round(row["eval/strict"], 4)) for row in rows if "eval/strict" in row]
+    return found | {"curve": curve} | describe()
+
+
+def table() -> str:
+    """All trials, best gain per minute first."""
+    trials = [json.loads(line) for line in FILE.read_text().splitlines()]
+    trials.sort(key=lambda t: t["strict"][0] - t["strict"][1])
+    lines = ["| trial | changes | seed | steps | minutes | strict | second judge |", "|---|---|---|---|---|---|---|"]
+    for t in trials:
+        strict, second = t["strict"], t["second_judge"]
+        changes = " ".join(f"`{o}`" for o in t["overrides"])
+        lines.append(
+            f"| {t['name']} | {changes} | {t['seed']} | {t['steps']} | {t['minutes']} | {strict[0]:.3f} → {strict[1]:.3f} "
+            f"({strict[1] - strict[0]:+.3f}) | {second[0]:.3f} → {second[1]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        with FILE.open("a") as file:
+            file.write(json.dumps(trial(sys.argv[1], sys.argv[2:])) + "\n")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

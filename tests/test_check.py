@@ -1,0 +1,66 @@
+"""The preflight passes on every packaged recipe, and fails where something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.rewards.conftest import tiny_clip, tiny_detector
+from visalign import check, config
+from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
+
+SMALL = ["policy.resolution=64", "policy.options.max_sequence_length=10"]
+
+
+def failures(findings: list[check.Finding]) -> list[str]:
+    return [str(finding) for finding in findings if not finding.passed]
+
+
+def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
+    """A packaged recipe with its model and rewards replaced by tiny random ones of the same classes."""
+    words = [f"policy.model={model}", "run.device=cpu", *SMALL]
+    if "pickscore" in name:
+        clip = tiny_clip(folder / "clip")
+        words += [f"rewards.pickscore.checkpoint={clip}", "eval.rewards={jpeg: 1.0}"]
+    if "geneval" in name:
+        clip, detector = tiny_clip(folder / "clip"), tiny_detector(folder / "detector")
+        words += [f"rewards.geneval.checkpoint={detector}", f"rewards.geneval.color_checkpoint={clip}", "rewards.geneval.short_side=64"]
+        words += ["eval.rewards={jpeg: 1.0}"]
+    if "ocr" in name:
+        words += ["eval.rewards={jpeg: 1.0}"]
+    return config.load(name, words)
+
+
+@pytest.mark.parametrize("name", [name for name in config.packaged() if "toybox" not in name])
+def test_published_recipes_pass_on_a_tiny_folder_of_their_classes(name: str, tiny_sd3: Path, tmp_path: Path) -> None:
+    findings = list(check.run(on_tiny_models(name, tiny_sd3, tmp_path)))
+    assert len(findings) == len(check.CHECKS)
+    assert not failures(findings)
+
+
+def test_the_default_recipe_passes_and_equals_the_stock_pipeline() -> None:
+    findings = {f.name: f for f in check.run(config.load("toybox", ["run.device=cpu"]))}
+    assert not failures(list(findings.values()))
+    assert "limit 1e-05" in findings["stock pipeline"].figure
+    assert findings["replay"].figure.startswith("max |ratio - 1| = 0.00e+00")
+
+
+class Drifting(Reward):
+    """Scores the same picture differently each time, and above its range."""
+
+    spec = RewardSpec("drifting", range=(0.0, 1.0))
+    calls = 0
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        Drifting.calls += 1
+        return RewardOutput.of(torch.full((len(batch),), 0.1 * Drifting.calls))
+
+
+def test_a_reward_that_changes_its_mind_is_found(tiny_sd3: Path) -> None:
+    words = [f"policy.model={tiny_sd3}", "run.device=cpu", *SMALL[1:], "eval.rewards={jpeg: 1.0}"]
+    words += ["rewards={d: {use: 'tests.test_check:Drifting'}}"]
+    found = failures(list(check.run(config.load("toybox", words))))
+    assert len(found) == 1
+    assert "again changed a score" in found[0]

@@ -1,0 +1,200 @@
+"""Plug-ins are found by file name, and a user's own by dotted path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from visalign import registry
+from visalign.config import RewardSection
+from visalign.errors import UserError
+from visalign.families.toy import Toy
+from visalign.policy import Family
+from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
+from visalign.trainer import Trainer
+from visalign.trainers.flow_grpo import FlowGRPO
+
+BASES = {"rewards": Reward, "trainers": Trainer, "families": Family}
+
+
+class Constant(Reward):
+    """A user's reward."""
+
+    spec = RewardSpec("constant")
+
+    def __init__(self, value: float = 0.0, size: tuple[int, int] = (1, 1)):
+        self.value, self.size = value, size
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        return RewardOutput.of(torch.full((len(batch),), self.value))
+
+
+class Doubled(Reward):
+    """A user's wrapper."""
+
+    spec = RewardSpec("doubled")
+
+    def __init__(self, of: Reward):
+        self.of = of
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        return RewardOutput.of(2 * self.of.score(batch).scores)
+
+
+class Free(Constant):
+    """A user's reward that takes any option."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = options
+
+
+class MyTrainer(FlowGRPO):
+    """A user's trainer."""
+
+
+class MyFamily(Toy):
+    """A user's family."""
+
+
+NOT_A_REWARD = dict
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in registry.KINDS for name in registry.names(kind)])
+def test_every_file_loads_by_its_stem(kind: str, name: str) -> None:
+    found = registry.load(kind, name)
+    assert issubclass(found, BASES[kind])
+    assert found.__module__ == f"visalign.{kind}.{name}"
+    assert registry.summary(kind, name).strip("."), "the first line of the module says what it is"
+    assert registry.load(kind, name) is found
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("rewards", Constant), ("trainers", MyTrainer), ("families", MyFamily)])
+def test_a_users_own_class_loads_by_its_dotted_path(kind: str, expected: type) -> None:
+    assert registry.load(kind, f"{__name__}:{expected.__name__}") is expected
+
+
+def test_a_users_module_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_alone.py").write_text("from tests.test_registry import Constant\nclass Mine(Constant): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    assert registry.load("rewards", "mine_alone:Mine").__name__ == "Mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("rewards", "clip_scor", "no reward named 'clip_scor'; did you mean clip_score?"),
+        ("trainers", "flow_gpro", "no trainer named 'flow_gpro'; did you mean flow_grpo?"),
+        ("families", "sd33", "no family named 'sd33'; did you mean sd3?"),
+        ("families", "__init__", "no family named '__init__'; known: "),
+        ("rewards", "../jpeg", "no reward named '../jpeg'"),
+        ("rewards", "no_such_module:Mine", "no_such_module:Mine: No module named 'no_such_module'; expected package.module:Class"),
+        ("rewards", f"{__name__}:Absent", "has no attribute 'Absent'"),
+        ("rewards", f"{__name__}:NOT_A_REWARD", "is no subclass of visalign's Reward"),
+        ("trainers", f"{__name__}:Constant", "is no subclass of visalign's Trainer"),
+    ],
+)
+def test_what_is_not_there_is_one_line(kind: str, name: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        registry.load(kind, name)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_options_are_checked_and_converted_by_the_annotations() -> None:
+    reward = registry.load_reward(f"{__name__}:Constant", value="1e-1", size=[2, 3])
+    assert isinstance(reward, Constant)
+    assert (reward.value, reward.size) == (0.1, (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("jpeg", {"qualty": 50}, "reward jpeg.qualty is unknown; did you mean quality?"),
+        ("jpeg", {"quality": "high"}, "reward jpeg.quality: expected a valid integer, unable to parse string as an integer, got 'high'"),
+        ("jpeg", {"quality": 500}, "jpeg: quality must be 1 to 95, got 500"),
+        (f"{__name__}:Doubled", {}, f"reward {__name__}:Doubled.of is missing"),
+        (f"{__name__}:Doubled", {"of": 3}, f"reward {__name__}:Doubled.of: expected an instance of Reward, got 3"),
+        (f"{__name__}:Doubled", {"of": {"quality": 3}}, f"reward {__name__}:Doubled.of.use is missing"),
+        (f"{__name__}:Doubled", {"of": {"use": "jpg"}}, "no reward named 'jpg'; did you mean jpeg?"),
+    ],
+)
+def test_a_wrong_option_is_one_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        registry.load_reward(name, **options)
+    assert str(error.value) == message
+
+
+def test_a_class_that_takes_any_option_gets_them_all() -> None:
+    reward = registry.load_reward(f"{__name__}:Free", anything=1)
+    assert isinstance(reward, Free)
+    assert reward.options == {"anything": 1}
+
+
+def test_a_wrapper_receives_a_built_reward() -> None:
+    reward = registry.load_reward(f"{__name__}:Doubled", of={"use": f"{__name__}:Constant", "value": 3})
+    assert reward.score(RewardInput(torch.rand(2, 3, 4, 4), ["a", "b"])).scores.tolist() == [6, 6]
+
+
+def test_rewards_are_refused_before_any_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.load("rewards", "clip_score"), "__init__", _never)
+    with pytest.raises(UserError, match="option"):
+        registry.check_rewards({"clip": RewardSection.model_validate({"use": "clip_score", "optoin": 1})})
+
+
+def _never(self: Reward, option: int = 0) -> None:
+    raise AssertionError("built")
+
+
+# --- policies ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_users_family_takes_the_place_of_the_packaged_one() -> None:
+    policy = registry.load_policy("toy:gaussian", family=f"{__name__}:MyFamily", steps=4)
+    assert isinstance(policy.family, MyFamily)
+    assert policy.family.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("toybox/nothing", {}, "no toybox part 'toybox/nothing'"),
+        ("/no/such/folder", {}, "model '/no/such/folder' is no diffusers pipeline: no such folder"),
+        ("toy:gauss", {}, "no toy world 'gauss'; known: gaussian, mixture"),
+        ("toy:gaussian", {"stesp": 3}, "policy.options.stesp is unknown; did you mean steps?"),
+        ("toy:gaussian", {"precision": "fp8"}, "policy.precision: expected fp32, bf16, fp16, got 'fp8'"),
+    ],
+)
+def test_a_wrong_model_is_one_line(source: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        registry.load_policy(source, **options)
+    assert message in str(error.value)
+
+
+def test_a_folder_without_an_index_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it has no model_index\.json"):
+        registry.load_policy(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("not json")
+    with pytest.raises(UserError, match="cannot find model"):
+        registry.load_policy(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableAudioPipeline"}')
+    with pytest.raises(UserError, match="is a StableAudioPipeline; known pipelines: StableDiffusion3Pipeline"):
+        registry.load_policy(str(tmp_path))
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}'
+    )
+    with pytest.raises(UserError, match="cannot load model"):
+        registry.load_policy(str(tmp_path))
+
+
+def test_an_object_of_another_kind_is_no_pipeline() -> None:
+    with pytest.raises(UserError, match="known pipelines"):
+        registry.load_policy(object())
