@@ -118,7 +118,9 @@ def test_score_refuses() -> None:
 def test_the_toyboxs_clip_tells_right_from_wrong_prompts() -> None:
     texts = ["a red circle", "a blue square"]
     images = torch.stack([_scene(text) for text in texts])
-    right, wrong = (visalign.score(images, prompts, {"clip_score": 1.0})["clip_score"] for prompts in (texts, texts[::-1]))
+    right, wrong = (
+        visalign.score(images, prompts, {"clip_score": {"checkpoint": "toybox"}})["clip_score"] for prompts in (texts, texts[::-1])
+    )
     assert (right > wrong).all()
     reward = visalign.load_reward("clip_score", device="cpu", checkpoint="toybox")
     torch.testing.assert_close(reward.score(RewardInput(images, texts)).scores, right)

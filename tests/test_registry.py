@@ -198,3 +198,17 @@ def test_a_folder_without_an_index_is_no_model(tmp_path: Path) -> None:
 def test_an_object_of_another_kind_is_no_pipeline() -> None:
     with pytest.raises(UserError, match="known pipelines"):
         registry.load_policy(object())
+
+
+def test_auto_checkpoint_is_the_toyboxs_with_a_toybox_policy_and_the_hubs_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = {"clip": RewardSection.model_validate({"use": "clip_score", "checkpoint": "auto"}), "jpeg": RewardSection(use="jpeg")}
+
+    def choice(model: str | None, reachable: bool) -> object:
+        monkeypatch.setattr(registry, "hub_has", lambda model_id: reachable)
+        return registry.resolved(sections, model)["clip"].options["checkpoint"]
+
+    hub_id = registry.load("rewards", "clip_score").spec.model_id
+    assert choice("toybox", True) == "toybox/clip"
+    assert choice("stabilityai/stable-diffusion-3.5-medium", False) == hub_id
+    assert choice(None, True) == hub_id
+    assert choice(None, False) == "toybox/clip"

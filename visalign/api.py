@@ -40,8 +40,11 @@ def load_reward(name: str, device: str = "auto", **options: Any) -> Reward:
     return registry.load_reward(name, **options).to(pick_device(device))
 
 
-def panel(rewards: str | Reward | Mapping[str, Any], model: str = "toybox", device: torch.device | str = "cpu") -> Panel:
-    """Rewards with weights: a name, a reward object, or a mapping name -> weight, options or reward object."""
+def panel(rewards: str | Reward | Mapping[str, Any], model: str | None = None, device: torch.device | str = "cpu") -> Panel:
+    """Rewards with weights: a name, a reward object, or a mapping name -> weight, options or reward object.
+
+    `model` is what the policy was loaded from: on the toybox, model rewards take the toybox's weights.
+    """
     if isinstance(rewards, str):
         rewards = {rewards: 1.0}
     if isinstance(rewards, Reward):

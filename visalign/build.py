@@ -32,6 +32,9 @@ def trainer(config: Config) -> Trainer:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     train_prompts, test_prompts = prompts.load(config.prompts.train), prompts.load(config.prompts.test)
+    config = config.model_copy(update={"rewards": registry.resolved(config.rewards, config.policy.model)})
+    judged = registry.resolved(config.eval.rewards or config.rewards, config.policy.model)
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"rewards": judged})})
     processes = Processes(config.run.device, config.policy.precision)
     learner = policy(config, processes.device)
     rewards = registry.build_panel(config.rewards, config.policy.model, processes.device)
@@ -40,7 +43,7 @@ def trainer(config: Config) -> Trainer:
             raise UserError(
                 f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)"
             )
-    judges = registry.build_panel(config.eval.rewards or config.rewards, config.policy.model, processes.device)
+    judges = registry.build_panel(config.eval.rewards, config.policy.model, processes.device)
     built = kind(Session(config, processes, learner, rewards, judges, train_prompts, test_prompts))
     if processes.main:
         write_config(config)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visalign.errors import UserError
 from visalign.paths import Path
 from visalign.rollout import Condition
 
@@ -98,6 +99,8 @@ class Policy:
         conditional = self._forward(x, sigma, condition.positive())
         if guidance == 1.0:
             return conditional
+        if condition.negative is None:
+            raise UserError(f"guidance {guidance:g}: {self.name} has no unconditional half to guide away from; use guidance 1")
         with torch.no_grad():
             unconditional = self._forward(x, sigma, condition.unconditional())
         return unconditional + guidance * (conditional - unconditional)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import socket
 import sys
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import urlparse
 
 import torch
 from pydantic import BaseModel, ConfigDict, create_model
@@ -183,14 +185,39 @@ def check_rewards(rewards: dict[str, RewardSection]) -> None:
             checked(load("rewards", section.use), section.options, f"reward {section.use}")
 
 
-def build_panel(rewards: dict[str, RewardSection], model: str, device: torch.device | str = "cpu") -> Panel:
-    """Rewards of a recipe, on a device; `checkpoint: auto` becomes the toybox's part when the policy is the toybox."""
-    members: dict[str, tuple[Reward, float]] = {}
+def resolved(rewards: dict[str, RewardSection], model: str | None) -> dict[str, RewardSection]:
+    """Rewards with `checkpoint: auto` (or none given) replaced by what it means.
+
+    That is the toybox's part when the policy is the toybox, or when there is no policy (`model` None) and the hub can't be reached;
+    otherwise the reward's documented hub id. A choice for the toybox is printed.
+    """
+    found: dict[str, RewardSection] = {}
     for alias, section in rewards.items():
         options = section.options
-        if model.startswith("toybox") and options.get("checkpoint", "auto") == "auto" and section.use in TOYBOX_CHECKPOINTS:
-            options["checkpoint"] = TOYBOX_CHECKPOINTS[section.use]
-        elif options.get("checkpoint") == "auto":
-            del options["checkpoint"]
-        members[alias] = (load_reward(section.use, **options).to(device), section.weight)
-    return Panel(members)
+        if section.use in TOYBOX_CHECKPOINTS and options.get("checkpoint", "auto") == "auto":
+            hub_id = load("rewards", section.use).spec.model_id
+            toybox = model.startswith("toybox") if model is not None else not hub_has(hub_id)
+            options["checkpoint"] = TOYBOX_CHECKPOINTS[section.use] if toybox else hub_id
+            if model is None and toybox:
+                print(f"visalign: {alias}: the hub can't be reached for {hub_id}; scoring with {options['checkpoint']}", file=sys.stderr)
+        found[alias] = RewardSection.model_validate({"use": section.use, "weight": section.weight} | options)
+    return found
+
+
+def hub_has(model_id: str) -> bool:
+    """Whether a hub model is in the local cache or the hub answers at all."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model_id, "config.json"), str):
+        return True
+    try:
+        with socket.create_connection((urlparse(constants.ENDPOINT).hostname or "", 443), timeout=3):
+            return not constants.HF_HUB_OFFLINE
+    except OSError:
+        return False
+
+
+def build_panel(rewards: dict[str, RewardSection], model: str | None, device: torch.device | str = "cpu") -> Panel:
+    """Rewards of a recipe, on a device; `model` is what the policy was loaded from, None without one."""
+    sections = resolved(rewards, model)
+    return Panel({a: (load_reward(s.use, **s.options).to(device), s.weight) for a, s in sections.items()})

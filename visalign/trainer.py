@@ -102,11 +102,13 @@ class Trainer(ABC):
         """Train to `run.steps`; returns the run folder."""
         run, folder = self.config.run, self.config.run.path
         saved = self.processes.agree(str(checkpoint.to_resume(folder, run.resume) or ""))
-        base = self.judge(0, scan=not saved)  # before the checkpoint is loaded: every grid shows the untrained model beside the trained
-        done = self.load(Path(saved)) if saved else 0
+        done = self.read(Path(saved))[2]["step"] if saved else 0  # a checkpoint that can't be read is refused at once
         tracker = Tracker(folder, self.config.log, self.config.model_dump(mode="json"), done) if self.processes.main else None
+        base = self.judge(0, scan=not saved)  # before the checkpoint is loaded: every grid shows the untrained model beside the trained
         if tracker and not done:
             tracker.log(0, base)
+        if saved:
+            self.load(Path(saved))
         bar = tqdm(
             range(done + 1, run.steps + 1), initial=done, total=run.steps, desc="train", unit="step", disable=not self.processes.main
         )
@@ -235,10 +237,13 @@ class Trainer(ABC):
             checkpoint.prune(folder, self.config.run.keep_checkpoints)
         self.processes.wait()
 
+    def read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
+        """(tensors, optimizer, state) of a checkpoint."""
+        return checkpoint.load(folder, ["trainable", "rewards", *(["average"] if self.average else [])])
+
     def load(self, folder: Path) -> int:
         """Go on from a checkpoint: weights, average, optimizer, rewards; the number of steps done."""
-        stems = ["trainable", "rewards", *(["average"] if self.average else [])]
-        tensors, optimizer, state = checkpoint.load(folder, stems)
+        tensors, optimizer, state = self.read(folder)
         names = list(self.policy.named_trainable())
         if set(names) != set(tensors["trainable"]):
             raise UserError(f"checkpoint {folder} holds other weights than this recipe trains; was policy.lora or policy.model changed?")

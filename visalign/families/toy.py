@@ -22,7 +22,7 @@ WORLDS = {  # weights, means and std of the data's components
     "gaussian": ((1.0,), ((1.0, -0.5),), 0.6),
     "mixture": ((0.4, 0.3, 0.3), ((2.0, 0.0), (-1.0, 1.5), (-1.0, -1.5)), 0.35),
 }
-SPAN = 20.0  # a "picture" is (3, 1, 1): the point's coordinates, ± SPAN / 2 mapped to [0, 1], and a constant
+SPAN = 20.0  # a "picture" is (3, 16, 16), all of one colour: the point's coordinates, ± SPAN / 2 mapped to [0, 1], and a constant
 
 
 class ToyNetwork(nn.Module):
@@ -81,7 +81,7 @@ class Toy(Family):
 
     def decode(self, latents: Tensor) -> Tensor:
         flat = latents / SPAN + 0.5
-        return torch.cat([flat, torch.full_like(flat[:, :1], 0.5)], 1)[:, :, None, None]
+        return torch.cat([flat, torch.full_like(flat[:, :1], 0.5)], 1)[:, :, None, None].expand(-1, -1, 16, 16)
 
     @staticmethod
     def points(images: Tensor) -> Tensor:
