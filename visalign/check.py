@@ -19,6 +19,7 @@ from visalign.scoring import RewardInput
 from visalign.trainer import Trainer
 
 STOCK_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2, "fp16": 1e-2}  # pictures are in [0, 1]
+GUIDED_TOLERANCE = 2e-4
 REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}  # with several timesteps in one forward; at the rollout's shape it is 0
 
 
@@ -94,6 +95,8 @@ def stock(subject: Subject) -> str:
     except NotImplementedError as reason:
         return f"skipped: {reason}"
     limit = max(STOCK_TOLERANCE[section.precision], STOCK_TOLERANCE[section.dtype])
+    if section.guidance != 1:  # the stock pipeline puts both halves into one batch: another shape, whose rounding guidance amplifies
+        limit = max(limit, GUIDED_TOLERANCE)
     return _within("max |Δ|", (ours - theirs.to(ours)).abs().max().item(), limit)
 
 
