@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from visalign import build, config
 from visalign.trainer import Trainer
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass
