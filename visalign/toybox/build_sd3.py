@@ -227,7 +227,7 @@ def train_flow(pipeline: StableDiffusion3Pipeline, latents: Tensor, prompts: lis
     optimizers = {
         "muon": torch.optim.Muon(
             hidden, 1.5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),  # twice AdamW's pace here
+        ),  # ahead of AdamW in one 120-step trial
         "adamw": torch.optim.AdamW(others, 1e-3, (0.9, 0.98), weight_decay=0.01),
     }
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
