@@ -41,7 +41,7 @@ def test_published_recipes_pass_on_a_tiny_folder_of_their_classes(name: str, tin
 
 
 def test_the_default_recipe_passes_and_equals_the_stock_pipeline() -> None:
-    findings = {f.name: f for f in check.run(config.load("toybox", ["run.device=cpu", "policy.guidance=1"]))}
+    findings = {f.name: f for f in check.run(config.load("toybox", ["run.device=cpu"]))}
     assert not failures(list(findings.values()))
     assert "limit 1e-05" in findings["stock pipeline"].figure
     assert findings["replay"].figure.startswith("max |ratio - 1| = 0.00e+00")

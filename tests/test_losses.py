@@ -1,4 +1,4 @@
-"""Losses: the surrogate is PPO's, its clipping has the right gradients, and the penalties are the Gaussian KL."""
+"""Losses: the surrogate is PPO's, its clipping has the right gradients, Guard's ratio is as published, the penalties are Gaussian KLs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from visalign.losses import clipped_policy, path_kl, velocity_kl
+from visalign.losses import clipped_policy, guard_log_ratio, path_kl, per_step_statistics, per_step_summary, velocity_kl
+from visalign.paths import Flow, gain
+from visalign.transitions import TRANSITIONS, kernel
 
 RATIO = torch.tensor([1.0, 1.3, 0.7, 1.3, 0.7, 1.1], dtype=torch.float64)
 ADVANTAGE = torch.tensor([1.0, 2.0, 2.0, -1.0, -1.0, 0.0], dtype=torch.float64)
@@ -60,6 +62,112 @@ def test_clipped_overflow_sends_no_nan_back() -> None:
 def test_clip_low_of_one_never_clips() -> None:
     log_ratio = torch.tensor([-50.0])
     assert clipped_policy(log_ratio, torch.zeros(1), -torch.ones(1), 1.0, 1.0).metrics["clip/low"] == 0
+
+
+def test_a_clip_range_of_each_transition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_prob, advantage = 0.3 * torch.randn(60, generator=generator), torch.randn(60, generator=generator)
+    low, high = torch.tensor([0.1, 0.3, 1.5]).repeat(20), torch.tensor([0.2, 0.05, 0.1]).repeat(20)
+    loss = clipped_policy(log_prob, torch.zeros(60), advantage, low, high)
+    parts = [clipped_policy(log_prob[n::3], torch.zeros(20), advantage[n::3], low[n].item(), high[n].item()) for n in range(3)]
+    assert_close(loss.value, torch.stack([part.value for part in parts]).mean())
+    for name in ("clip/low", "clip/high"):
+        assert_close(loss.metrics[name], torch.stack([part.metrics[name] for part in parts]).mean())
+    equal = clipped_policy(log_prob, torch.zeros(60), advantage, torch.full((60,), 0.2), torch.full((60,), 0.1))
+    assert_close(equal.value, clipped_policy(log_prob, torch.zeros(60), advantage, 0.2, 0.1).value)
+
+
+def test_temperature_scales_the_log_ratio() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_prob, old, advantage, std = (torch.randn(20, generator=generator, dtype=torch.float64) for _ in range(4))
+    cps = 2 * std.square()
+    loss = clipped_policy(log_prob, old, advantage, 0.2, 0.2, temperature=cps)
+    assert_close(loss.value, clipped_policy(cps * (log_prob - old), torch.zeros(20).double(), advantage, 0.2, 0.2).value)
+    assert loss.log_ratio is not None
+    assert_close(loss.log_ratio, cps * (log_prob - old))
+    assert_close(loss.metrics["kl/approximate"], (log_prob - old).square().mean() / 2)  # of the densities, whatever the temperature
+
+
+TIMES = torch.tensor([0.96, 0.8, 0.5, 0.2], dtype=torch.float64)
+STEPS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 0.7, "dpm_sde": 0.0}
+
+
+def drawn(kind: str, size: float = 0.01) -> dict[str, Tensor]:
+    """A transition of each of four steps, replayed by a policy that has moved: noise, delta, kappa, std, and both log-densities."""
+    generator = torch.Generator().manual_seed(0)
+    x, old, move, noise = (torch.randn(4, 3, 5, generator=generator, dtype=torch.float64) for _ in range(4))
+    t, t_next = TIMES, TIMES - 0.1
+    step = TRANSITIONS[kind](Flow(), t, t_next, STEPS[kind])
+    before, after = (kernel(Flow(), x, prediction, t, t_next, step) for prediction in (old, old + size * move))
+    x_next = before.draw(noise)
+    kappa = gain(Flow(), step.a, step.c, t)
+    bias = ((after.mean - before.mean).square() / (2 * before.std.square())).mean((1, 2))
+    densities = {"log_prob": after.log_prob(x_next), "old_log_prob": before.log_prob(x_next)}
+    return {"noise": noise, "delta": size * move, "kappa": kappa, "std": step.std, "bias": bias, **densities}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_guard_ratio_is_the_published_one(kind: str) -> None:
+    for size in (1e-4, 0.01, 1.0):
+        found = drawn(kind, size)
+        published = (found["std"] * (found["log_prob"] - found["old_log_prob"] + found["bias"])).exp()
+        assert_close(guard_log_ratio(found["noise"], found["delta"], found["kappa"]).exp(), published, rtol=0, atol=1e-12)
+        narrow = guard_log_ratio(found["noise"].float(), found["delta"].float(), found["kappa"].float())
+        assert narrow.dtype == torch.float32
+        assert_close(narrow.exp().double(), published, rtol=1e-6, atol=1e-6)
+
+
+def test_guard_ratio_has_no_bias_under_the_old_policy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
+    delta, kappa, std = torch.tensor([[0.5, -1.0, 2.0, 0.1]], dtype=torch.float64), torch.tensor(-0.3).double(), torch.tensor(0.2).double()
+    guard = guard_log_ratio(noise, delta.expand_as(noise), kappa)
+    deviation = kappa.abs() * delta.norm() / 4
+    assert guard.mean().abs() < 4 * deviation / 20_000**0.5
+    assert guard.std() == pytest.approx(deviation.item(), rel=0.02)
+    plain = guard / std - (kappa / std).square() * delta.square().mean() / 2
+    assert plain.mean() < -1
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_one_over_kappa_makes_every_step_weigh_the_same(kind: str) -> None:
+    """Gradients of the loss with respect to the prediction, in units of the noise: the gain of each step."""
+    found = drawn(kind)
+    gains: dict[str, Tensor] = {}
+    weights = {"paper": torch.full((4,), 1 / 0.1, dtype=torch.float64), "equal": 1 / found["kappa"].abs()}
+    for name, weight in weights.items():
+        delta = torch.zeros_like(found["delta"]).requires_grad_()
+        log_ratio = guard_log_ratio(found["noise"], delta, found["kappa"])
+        loss = clipped_policy(log_ratio, torch.zeros_like(log_ratio), torch.ones_like(log_ratio), 1e-6, 1e-6, weight)
+        (gradient,) = torch.autograd.grad(loss.value, delta)
+        gains[name] = (gradient / found["noise"]).flatten(1)[:, 0] * 4 * 15
+    assert_close(gains["equal"], torch.ones(4, dtype=torch.float64))
+    if kind == "flow_sde":
+        assert_close(gains["paper"], torch.full((4,), 1 + 0.7**2 / 2, dtype=torch.float64))
+    if kind == "dance_sde":
+        assert_close(gains["paper"], 1 + 0.3**2 * (1 - TIMES) / (2 * TIMES))
+
+
+def test_statistics_of_each_step_add_up_over_micro_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_prob, advantage = 1e-6 * torch.randn(90, generator=generator), torch.randn(90, generator=generator)
+    step = torch.arange(90) % 3 + 1  # of 5 steps, 0 and 4 are not trained
+    sums = torch.zeros(4, 5, dtype=torch.float64)
+    for rows in torch.randperm(90, generator=generator).split(20):
+        loss = clipped_policy(log_prob[rows].requires_grad_(), torch.zeros(len(rows)), advantage[rows], 1e-6, 5e-7)
+        assert loss.log_ratio is not None
+        assert loss.clipped is not None
+        assert not loss.log_ratio.requires_grad
+        sums = sums + per_step_statistics(loss.log_ratio, loss.clipped, step[rows], 5)
+    assert sums[0].tolist() == [0, 30, 30, 30, 0]
+    summary = per_step_summary(sums)
+    for n in (1, 2, 3):
+        own, sign = log_prob[step == n].double(), advantage[step == n]
+        assert summary["ratio/mean"][n].item() - 1 == pytest.approx(own.mean().item(), rel=1e-3, abs=1e-12)
+        assert summary["ratio/std"][n].item() == pytest.approx(own.std(correction=0).item(), rel=1e-4)
+        clipped = ((sign > 0) & (own > 5e-7)) | ((sign < 0) & (own < -1e-6))
+        assert summary["clip/fraction"][n].item() == pytest.approx(clipped.double().mean().item())
+    assert all(value[[0, 4]].isnan().all() for value in summary.values())
 
 
 def pair() -> tuple[Tensor, Tensor]:

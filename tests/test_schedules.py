@@ -6,7 +6,21 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from visalign.schedules import StepPlan, all_steps, deterministic, flow_match_euler, linear, shifted, span, window
+from visalign.schedules import (
+    StepPlan,
+    all_steps,
+    deterministic,
+    flash,
+    flow_match_euler,
+    linear,
+    mixed_tree,
+    shifted,
+    span,
+    tail,
+    tree,
+    window,
+    window_start,
+)
 
 
 def test_linear() -> None:
@@ -44,15 +58,15 @@ def test_one_step() -> None:
 
 
 def test_all_steps_leave_the_last_to_the_ode() -> None:
-    assert all_steps(4) == StepPlan((True, True, True, False), range(3))
-    assert all_steps(4, last=True) == StepPlan((True,) * 4, range(4))
-    assert deterministic(4) == StepPlan((False,) * 4, range(0))
+    assert all_steps(4) == StepPlan((True, True, True, False), tuple(range(3)))
+    assert all_steps(4, last=True) == StepPlan((True,) * 4, tuple(range(4)))
+    assert deterministic(4) == StepPlan((False,) * 4, tuple(range(0)))
     assert len(all_steps(4)) == 4
 
 
 def test_window_is_uniform_and_a_function_of_seed_and_step() -> None:
     plans = [window(10, 3, 0, 5, seed=1, step=step) for step in range(3000)]
-    starts = torch.tensor([plan.recorded.start for plan in plans])
+    starts = torch.tensor([plan.recorded[0] for plan in plans])
     assert_close(starts.bincount() / 3000, torch.full((3,), 1 / 3), rtol=0, atol=0.04)
     assert plans == [window(10, 3, 0, 5, seed=1, step=step) for step in range(3000)]
     assert plans[:50] != [window(10, 3, 0, 5, seed=2, step=step) for step in range(50)]
@@ -67,13 +81,80 @@ def test_no_such_window(size: int, low: int, high: int) -> None:
         window(10, size, low, high, 0, 0)
 
 
-@pytest.mark.parametrize("recorded", [range(2, 4), range(0, 5), range(-1, 2), range(0, 3, 2)])
-def test_a_plan_records_consecutive_stochastic_steps_only(recorded: range) -> None:
+@pytest.mark.parametrize("recorded", [(2, 3), (0, 1, 2, 3, 4), (-1, 0, 1), (2, 0), (1, 1)])
+def test_a_plan_records_increasing_stochastic_steps_only(recorded: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="stochastic"):
         StepPlan((True, True, True, False), recorded)
 
 
 def test_span() -> None:
-    assert span(4, 1, 2) == StepPlan((False, True, True, False), range(1, 3))
+    assert span(4, 1, 2) == StepPlan((False, True, True, False), tuple(range(1, 3)))
     with pytest.raises(ValueError, match="recorded"):
         span(4, 3, 2)
+
+
+def test_progressive_window_moves_rolls_over_and_is_never_empty() -> None:
+    starts = [window_start("progressive", step, 3, 1, 8, every=2, stride=2) for step in range(1, 15)]
+    assert starts == [1, 1, 3, 3, 5, 5, 1, 1, 3, 3, 5, 5, 1, 1]
+    starts = [window_start("progressive", step, 4, 0, 7, every=1, stride=2) for step in range(1, 7)]
+    assert starts == [0, 2, 0, 2, 0, 2], "from 4 the window would leave [0, 7)"
+    plans = {window(10, 3, 0, 9, 0, step, "progressive", every=1).recorded for step in range(1, 100)}
+    assert plans == {(start, start + 1, start + 2) for start in range(7)}
+
+
+def test_exponentially_decaying_stay() -> None:
+    starts = [window_start("exp_decay", step, 2, 11, 19, every=10, rate=0.5) for step in range(1, 200)]
+    stays = [10, 10, 10, 7, 4, 3, 2]  # ceil(10·exp(-max(0, start - 13) / 2)) at 11 … 17
+    cycle = [start for start, stay in zip(range(11, 18), stays, strict=True) for _ in range(stay)]
+    assert starts == (cycle * 5)[:199]
+
+
+def test_fixed_window() -> None:
+    assert {window(10, 2, 3, 8, 0, step, "fixed") for step in range(1, 40)} == {span(10, 3, 2)}
+
+
+def test_tail_is_the_grid_where_it_has_as_many_steps() -> None:
+    grid = flow_match_euler(10, 3.0)
+    for start in range(10):
+        assert torch.equal(tail(grid, start, 10 - start), grid[start:])
+        assert torch.equal(tail(grid, start, 1), grid[[start, 10]])
+    assert_close(tail(linear(10), 4, 4), torch.tensor([0.6, 0.45, 0.3, 0.15, 0.0]))
+    assert torch.equal(tail(grid, 4, 3), grid[[4, 6, 8, 10]])
+
+
+def test_tree() -> None:
+    plan = tree(6, (0, 2))
+    assert plan == StepPlan((True,) * 5 + (False,), tuple(range(5)), (2, 1, 2, 1, 1, 1))
+    assert (plan.leaves, plan.splits, plan.stored) == (4, (0, 2), tuple(range(6)))
+    assert tree(4, (0,), 3).leaves == 3
+    assert tree(4, ()).leaves == all_steps(4).leaves == 1
+    for branches in ((5,), (6,)):
+        with pytest.raises(ValueError, match="branching"):
+            tree(6, branches)
+    assert tree(6, (5,), last=True).leaves == 2
+
+
+def test_mixed_tree() -> None:
+    plan = mixed_tree(10, (0, 3), size=1, interval=4)
+    assert plan.recorded == (0, 3, 4, 8)
+    assert plan.stored == (0, 1, 3, 4, 5, 8, 9)
+    assert [plan.stored[k] for k in plan.before] == list(plan.recorded)
+    assert plan.leaves == 4
+    assert mixed_tree(9, (), size=2, interval=4).recorded == (0, 1, 4, 5), "the last step is never stochastic"
+
+
+@pytest.mark.parametrize("widths", [(1, 2, 1), (0, 1, 1, 1), (1, 1, 1, 2)])
+def test_widths_that_make_no_tree(widths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"widths|branching"):
+        StepPlan((True, True, True, False), (0, 1, 2), widths)
+
+
+def test_flash() -> None:
+    plan = flash(span(25, 0, 4), 0.2)
+    assert (plan.handover, plan.finish) == (4, 4)
+    assert flash(span(25, 20, 4), 0.4).finish == 1
+    assert flash(span(25, 6, 4), 0.4).finish == 6
+    assert span(25, 0, 4).handover == 25
+    for nothing in (deterministic(4), all_steps(4, last=True)):
+        with pytest.raises(ValueError, match="finish"):
+            flash(nothing, 0.5)

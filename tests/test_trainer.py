@@ -71,7 +71,7 @@ def test_training_changes_the_weights_and_the_ratio_is_exactly_one(tiny_sd3: Pat
 
 
 def trainer_prefix(trainer: Trainer) -> int:
-    return trainer.plan(1).recorded.start  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer.plan(1).recorded[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_stacked_timesteps_give_the_same_gradient(tiny_sd3: Path, tmp_path: Path) -> None:

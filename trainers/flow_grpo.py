@@ -1,12 +1,13 @@
 """Flow-GRPO (arXiv 2505.05470): policy gradients through a stochastic sampler of a flow model.
 
 Turns the probability-flow ODE into an SDE with the same marginals, so that each denoising step is a Gaussian policy, then applies PPO's
-clipped loss with group-normalised terminal rewards. A point on four axes, each a section of the recipe:
+clipped loss with group-normalised rewards. A point on four axes, each a section of the recipe; the other files of its family are other
+points, and any mixture is a recipe:
 
-1. exploration: all steps stochastic, or a random window of them (Flow-GRPO-Fast); initial noise shared by a group or not.
+1. exploration: which steps are stochastic, recorded and trained: all, a window, a tree, one branch; initial noise shared by a group or not.
 2. transition: Flow-SDE (Eq. 9), Dance-SDE, CPS, DDIM, DPM++-SDE.
-3. credit: the terminal reward's group advantage (Eq. 4), the same at every step.
-4. ratio: of densities averaged over latent elements, p^(1/D), with PPO's clip (Eq. 5).
+3. credit: the terminal reward's group advantage (Eq. 4), the same at every step, or one of the dense forms.
+4. ratio: of densities averaged over latent elements, p^(1/D), with PPO's clip (Eq. 5), plain, de-biased or rescaled.
 
 Differs from the authors' code: the last step is never stochastic; latents are recorded in the dtype that is replayed; the unconditional
 half of guidance stays outside the graph; groups live whole on one rank; the KL is in velocity space with an explicit weight.
@@ -14,19 +15,19 @@ half of guidance stays outside the graph; groups live whole on one rank; the KL 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from visalign import credit as credits
-from visalign.config import ExplorationSection
-from visalign.errors import UserError
-from visalign.losses import Loss, clipped_policy, path_kl, velocity_kl
+from visalign.axes import Credit, Exploration, Ratio
+from visalign.losses import Loss, path_kl, velocity_kl
 from visalign.paths import gain
 from visalign.rollout import Minibatch, Prompts, Rollout
-from visalign.sampling import Dynamics, decode, rollout, transition
-from visalign.schedules import StepPlan, all_steps, window
+from visalign.sampling import Dynamics, decode, transition
+from visalign.schedules import StepPlan
 from visalign.scoring import RewardInput
 from visalign.trainer import Session, Trainer
 
@@ -41,33 +42,48 @@ class FlowGRPO(Trainer):
 
     def __init__(self, session: Session):
         super().__init__(session)
-        transition = self.config.transition
-        self.dynamics = Dynamics(transition.kind, transition.level)
-        self.plan(1)  # a window that doesn't fit is refused before anything is drawn
+        config = self.config
+        self.exploration = Exploration(config.exploration, config.policy.steps, config.run.seed)
+        self.crediting = Credit(config.credit, session.rewards)
+        self.set_dynamics(Dynamics(config.transition.kind, config.transition.level))
+        self.plan(1)  # a plan that doesn't fit is refused before anything is drawn
+        self.crediting.check()
         if self.settings.kl:
             self.policy.keep_reference()
 
+    def set_dynamics(self, dynamics: Dynamics) -> None:
+        """Use this transition for stochastic steps from now on."""
+        self.dynamics = dynamics
+        grid = self.policy.family.grid(self.config.policy.steps).to(self.device)
+        self.ratio = Ratio(self.config.ratio, self.policy.family.path, grid, dynamics)
+
     def plan(self, step: int) -> StepPlan:
         """Which denoising steps of a training step's rollout are stochastic, recorded and trained."""
-        return step_plan(self.config.exploration, self.config.policy.steps, self.config.run.seed, step)
+        return self.exploration.plan(step)
+
+    # --- collect, credit -----------------------------------------------------------------------------------------------
 
     def collect(self, prompts: Prompts, step: int) -> Rollout:
+        batch, guidance = self.settings.micro_batch, self.config.policy.guidance
         condition = self.policy.family.encode(prompts.texts)
-        trajectory = rollout(
+        trajectory = self.exploration.rollout(
             self.policy,
             prompts,
             condition,
-            steps=self.config.policy.steps,
-            seed=self.config.run.seed,
-            batch=self.settings.micro_batch,
-            guidance=self.config.policy.guidance,
-            plan=self.plan(step),
+            step=step,
+            batch=batch,
+            guidance=guidance,
             dynamics=self.dynamics,
+            keep_predictions=self.crediting.dense or self.ratio.needs_predictions,
         )
-        images = decode(self.policy, trajectory.final, self.settings.micro_batch)
+        images = decode(self.policy, trajectory.final, batch)
         with torch.no_grad():
-            scores = self.session.rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups))
-        return Rollout(prompts, condition, trajectory, images, scores.by_name(), metrics=self._describe(scores.by_name(), prompts.groups))
+            scores = self.session.rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups)).by_name()
+        drawn = Rollout(prompts, condition, trajectory, images, scores, metrics=self._describe(scores, prompts.groups))
+        if not self.crediting.dense:
+            return replace(drawn, metrics=drawn.metrics | {"reward_calls": 1.0})
+        values, calls = self.crediting.values(self.policy, drawn, guidance=guidance, batch=batch, plan=self.plan(step))
+        return replace(drawn, values=values, metrics=drawn.metrics | {"reward_calls": 1 + calls})
 
     def _describe(self, rewards: dict[str, Tensor], groups: Tensor) -> dict[str, float]:
         """reward/NAME, spread/NAME, zero_spread/NAME and the share of invalid scores, over all processes."""
@@ -81,29 +97,24 @@ class FlowGRPO(Trainer):
         return dict(zip(metrics, stacked.tolist(), strict=True))
 
     def credit(self, rollout: Rollout) -> Tensor:
-        section, rewards = self.config.credit, dict(rollout.rewards)
-        total = rewards.pop("total")
-        groups = rollout.prompts.groups.to(total.device)
-        if section.aggregation == "gdpo":
-            floors = {alias: reward.spec.noise_std for alias, reward in self.session.rewards.rewards.items()}
-            weights = self.session.rewards.weights
-            advantages = credits.gdpo_advantages(rewards, weights, groups, floors, clip=section.clip, moments=self.processes.sum)
-        else:
-            advantages = credits.group_advantages(
-                total, groups, std=section.std, epsilon=section.epsilon, clip=section.clip, moments=self.processes.sum
-            )
-        return credits.per_step(advantages, rollout.trajectory.log_probs.shape[1]).to(self.device)
+        return self.crediting.advantages(rollout, self.processes.sum).to(self.device)
+
+    def select(self, rollout: Rollout, step: int) -> Tensor:
+        kept = self.crediting.kept(rollout).to(self.device)
+        return self.exploration.trained(rollout, step).to(self.device) & kept[:, None]
+
+    # --- loss ----------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Minibatch) -> Loss:
         guidance = self.config.policy.guidance
         law, prediction = transition(self.policy, batch.x, batch.sigma, batch.sigma_next, batch.condition, guidance, self.dynamics)
-        loss = clipped_policy(law.log_prob(batch.x_next), batch.log_prob, batch.advantage, *self.config.ratio.bounds)
+        loss = self.ratio.loss(batch, law, prediction)
         if not self.settings.kl:
             return loss
         with torch.no_grad(), self.policy.reference():
             reference = self.policy.predict(batch.x, batch.sigma, batch.condition, guidance)
         kl = self.penalty(batch, prediction, reference).mean()
-        return Loss(loss.value + self.settings.kl * kl, loss.metrics | {"kl": kl.detach()})
+        return replace(loss, value=loss.value + self.settings.kl * kl, metrics=loss.metrics | {"kl": kl.detach()})
 
     def penalty(self, batch: Minibatch, prediction: Tensor, reference: Tensor) -> Tensor:
         """(B,) distance of two predictions in the form that `kl_form` names."""
@@ -115,14 +126,3 @@ class FlowGRPO(Trainer):
         if self.settings.kl_form == "path":
             return path_kl(kappa, step.std, prediction, reference)
         return path_kl(kappa, step.std / (batch.sigma - batch.sigma_next).double().sqrt(), prediction, reference)
-
-
-def step_plan(exploration: ExplorationSection, steps: int, seed: int, step: int) -> StepPlan:
-    """The plan that an `exploration` section means at a training step."""
-    if exploration.kind == "all":
-        return all_steps(steps)
-    low, high = exploration.range or (0, max(exploration.size, steps // 2))
-    try:
-        return window(steps, exploration.size, low, high, seed, step)
-    except ValueError as error:
-        raise UserError(f"exploration: {error} (policy.steps={steps})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def trainer(config: Config) -> Trainer:
         UserError: whatever the user can mend, before anything is trained.
     """
     kind = registry.load("trainers", config.trainer.name)
+    config = completed(config, kind.defaults)
     if not config.rewards:
         raise UserError("rewards: none given; name at least one, such as rewards.toybox=1.0")
     # what costs nothing to refuse, before weights are loaded
@@ -49,6 +51,15 @@ def trainer(config: Config) -> Trainer:
         write_config(config)
     processes.wait()
     return built
+
+
+def completed(config: Config, defaults: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The recipe with an algorithm's own defaults (section -> key -> value) where the recipe says nothing."""
+    sections: dict[str, Any] = {}
+    for name, values in defaults.items():
+        given = getattr(config, name).model_dump(exclude_unset=True)
+        sections[name] = validate(type(getattr(config, name)), {**values, **given}, name)
+    return config.model_copy(update=sections)
 
 
 def policy(config: Config, device: torch.device) -> Policy:

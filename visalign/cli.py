@@ -94,7 +94,7 @@ def _run(words: list[str]) -> int:
 
 
 def _known(command: str) -> None:
-    from visalign.config import nearest
+    from visalign.explain import nearest
 
     known = ["train", "check", "evaluate", "score", "export", "list", *LATER]
     if command not in known:

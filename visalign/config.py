@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from visalign.errors import UserError
+from visalign.explain import explain, nearest
 from visalign.overrides import is_number, put, read, split
 
 Positive = Annotated[int, Field(ge=1)]
@@ -19,7 +18,6 @@ Above = Annotated[float, Field(gt=0)]
 AtLeastZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
-UNION_BRANCH = re.compile(r"(constrained-)?(float|int|str|bool)|\w+\[.*\]")  # where several types are allowed, pydantic's keys name one
 
 
 class Section(BaseModel):
@@ -88,29 +86,59 @@ class EvalSection(Section):
     grid: Positive = 16  # pictures in the before/after grid
 
 
+class PruneSection(Section):
+    """Edges of a tree that are drawn but not trained (BranchGRPO)."""
+
+    depth: list[int] = []  # steps to skip
+    every: Positive | None = None  # training steps after which these move one step towards noise; null: never
+    stop: Annotated[int, Field(ge=0)] = 0  # the earliest step they move to
+    width: Literal["none", "branch", "extremes"] = "none"  # branch: the best leaves of each last split; extremes: best and worst of a tree
+    share: Fraction = 0.5  # of the leaves that width keeps
+
+
 class ExplorationSection(Section):
-    kind: Literal["all", "window"] = "all"  # which steps are stochastic, recorded and trained
-    size: Positive = 2  # of the window
-    range: tuple[int, int] | None = None  # the window lies in [low, high); null: the first half
+    kind: Literal["all", "window", "tree", "one_branch"] = "all"  # which steps are stochastic, recorded and trained
     shared_noise: bool = False  # one initial noise per group: members differ by exploration alone
+    size: Positive = 2  # window, tree with an interval: stochastic steps in a row
+    range: tuple[int, int] | None = None  # window, one_branch: within [low, high); null: the first half
+    rule: Literal["random", "fixed", "progressive", "exp_decay"] = "random"  # window: how its start moves over training
+    every: Positive = 25  # window, progressive and exp_decay: training steps at one start
+    stride: Positive = 1  # window, progressive: steps that the start moves
+    finish: Fraction | None = None  # DPM-Solver++ 2M after the last stochastic step, with this share of the steps left; null: Euler
+    branches: list[int] = [0]  # tree: steps at which every node splits
+    width: Annotated[int, Field(ge=2)] = 2  # tree: children of a split
+    spread: AtLeastZero = 4.0  # tree: siblings' noise is correlated by 1/(1 + spread²)
+    interval: Positive | None = None  # tree: `size` stochastic steps from every multiple of this on; null: all steps but the last
+    prune: PruneSection = PruneSection()
+    seeds: Positive = 1  # one_branch: different initial noises in a group
 
 
 class TransitionSection(Section):
     kind: Literal["flow_sde", "dance_sde", "cps", "ddim", "dpm_sde"] = "flow_sde"
     level: Above = 0.7  # noise level: a, η of the transition
+    calibration: str | None = None  # a file written by `visalign calibrate`: the level of every step (DenseGRPO); null: `level` for all
 
 
 class CreditSection(Section):
-    kind: Literal["terminal"] = "terminal"
+    kind: Literal["terminal", "gain", "value", "tree", "own_branch"] = "terminal"  # which reward a step answers for
     std: Literal["group", "global", "none"] = "global"  # by which spread advantages are divided
     aggregation: Literal["sum", "gdpo"] = "sum"  # several rewards: weighted sum, or normalised one by one
     epsilon: AtLeastZero = 1e-4
     clip: Above = 5.0  # advantages are cut to ± clip
+    floor: AtLeastZero = 0.0  # gain: the least spread of a step's gains that is blown up to 1
+    completion: Positive | None = None  # gain: solver steps of a completion; null: all that are left
+    solver: Literal["euler", "dpm2m"] = "euler"  # gain: of completions
+    discount: Fraction = 0.9  # value: γ
+    anchor: AtLeastZero = 0.1  # value: weight of the absolute term
+    anchor_steps: Annotated[int, Field(ge=0)] = 5  # value: denoising steps that have it, from the first on
+    keep: tuple[Positive, Positive] | None = None  # train the best and the worst so many of each group alone (DanceGRPO)
 
 
 class RatioSection(Section):
-    kind: Literal["plain"] = "plain"
+    kind: Literal["plain", "guard", "cps"] = "plain"  # guard: de-biased and scaled; cps: times 2ς²
     clip: Above | tuple[Above, Above] = 1e-4  # of the ratio p^(1/D): log-probabilities are means over latent elements
+    clip_steps: dict[int, Above] = {}  # another clip at single denoising steps
+    weight: Literal["none", "inverse_gap", "noise", "equal_gain"] = "none"  # of a step's loss: 1/Δ, ς/mean ς, 1/|κ|
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -227,38 +255,7 @@ def find(path: str | Path) -> Path:
     raise UserError(f"no config {str(path)!r}, neither as a file nor among the packaged recipes{nearest(name, packaged())}")
 
 
-# --- explaining --------------------------------------------------------------------------------------------------------
-
-
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line for one error: which key, what was expected, what was given, and the nearest known key."""
-    found = max(error.errors(), key=lambda e: len(e["loc"]))  # the first, or the branch of a union that came furthest
-    cause = found.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
-        return str(cause)
-    location = [str(part) for part in found["loc"] if not UNION_BRANCH.fullmatch(str(part))]
-    key = ".".join([prefix, *location] if prefix else location) or "config"
-    if found["type"] == "extra_forbidden":
-        return f"{key} is unknown{nearest(location[-1], _keys(model, location[:-1]))}"
-    if found["type"] == "missing":
-        return f"{key} is missing"
-    common = {"model_type": "keys with values", "tuple_type": "a list", "list_type": "a list", "dict_type": "keys with values"}
-    message = common.get(found["type"], found["msg"].removeprefix("Input should be "))
-    return f"{key}: expected {message}, got {found['input']!r}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of a message: `; did you mean X?`, or the list of what is known."""
-    near = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known)) or 'none'}"
-
-
-def _keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    for name in location:
-        annotation = model.model_fields[name].annotation if name in model.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
-    return list(model.model_fields)
+# --- what there is ---------------------------------------------------------------------------------------------------
 
 
 def schema() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The clipped policy loss and the two penalties that keep a policy near its reference.
+"""The clipped policy loss, GRPO-Guard's ratio, and the two penalties that keep a policy near its reference.
 
 Densities are means over latent dimensions (`visalign.transitions`), so ratios are close to 1 and clip ranges are tiny: clipping is decided
 on the log-ratio, where float32 still tells 1e-6 from 2e-6. Nothing here waits for the accelerator: metrics are tensors.
@@ -14,44 +14,58 @@ from torch import Tensor
 
 from visalign.paths import wide
 
+Bound = Tensor | float
+
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to minimise, and what to log beside it: name -> () tensor without gradient."""
+    """A scalar to minimise, and what to log beside it.
+
+    Attributes:
+        value: ().
+        metrics: name -> () tensor without gradient.
+        log_ratio, clipped: (B,) without gradient, of each transition; `per_step_statistics` sums them up. None where there is no ratio.
+    """
 
     value: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    log_ratio: Tensor | None = None
+    clipped: Tensor | None = None
 
 
 def clipped_policy(
     log_prob: Tensor,
     old_log_prob: Tensor,
     advantage: Tensor,
-    clip_low: float,
-    clip_high: float,
+    clip_low: Bound,
+    clip_high: Bound,
     weight: Tensor | None = None,
+    temperature: Bound = 1.0,
 ) -> Loss:
     """PPO's clipped surrogate (arXiv 1707.06347, Eq. 7), mean of weight·max(-A·r, -A·clip(r, 1 - low, 1 + high)).
 
-    With `old_log_prob` zero, `log_prob` may be any log-ratio in closed form.
+    With `old_log_prob` zero, `log_prob` may be any log-ratio in closed form, such as `guard_log_ratio`.
 
     Args:
         log_prob: (B,) with gradient.
         old_log_prob: (B,) of the policy that drew the samples.
         advantage: (B,); 0 where a sample carries no signal.
-        clip_low, clip_high: ≥ 0; a `clip_low` of 1 or more never clips from below.
+        clip_low, clip_high: ≥ 0, one for all or (B,); a `clip_low` of 1 or more never clips from below.
         weight: (B,) of each transition, or None for 1; the mean is over B, not over weights.
+        temperature: > 0, one for all or (B,); log r is this times the difference of the log-probabilities. CPS's published log-prob drops
+            1/(2ς²) (arXiv 2509.05952), which is a temperature of 2ς².
 
     Returns:
         The loss with metrics ratio/mean, ratio/std, ratio/max_deviation (largest |r - 1|), clip/high and clip/low (fractions of B that are
-        clipped), kl/approximate (½·mean(log r)², accurate where r - 1 - log r would cancel).
+        clipped), kl/approximate (½·mean of the squared difference of the log-probabilities, accurate where r - 1 - log r would cancel).
     """
-    log_ratio = log_prob - old_log_prob.detach()
-    highest, lowest = math.log1p(clip_high), math.log1p(-clip_low) if clip_low < 1 else -math.inf
+    difference = log_prob - old_log_prob.detach()
+    log_ratio = temperature * difference
+    highest, lowest = _log1p(clip_high), _log1p(-clip_low)
     above = (advantage > 0) & (log_ratio > highest)
     below = (advantage < 0) & (log_ratio < lowest)
     # replaced before the exponential, so that an overflow that is clipped sends no NaN back
-    kept = log_ratio.masked_fill(above, highest).masked_fill(below, lowest)
+    kept = torch.where(above, highest, torch.where(below, lowest, log_ratio))
     terms = -advantage * kept.exp()
     value = (terms if weight is None else weight * terms).mean()
     with torch.no_grad():
@@ -62,9 +76,55 @@ def clipped_policy(
             "ratio/max_deviation": log_ratio.expm1().abs().max(),
             "clip/high": above.float().mean(),
             "clip/low": below.float().mean(),
-            "kl/approximate": log_ratio.square().mean() / 2,
+            "kl/approximate": difference.square().mean() / 2,
         }
-    return Loss(value, metrics)
+    return Loss(value, metrics, log_ratio.detach(), above | below)
+
+
+def guard_log_ratio(noise: Tensor, delta: Tensor, kappa: Tensor) -> Tensor:
+    """GRPO-Guard's log-ratio (arXiv 2510.22319, Eq. 8) in closed form, κ·mean(ε⊙δ) per sample: (B,), to be used as `clipped_policy`'s.
+
+    The paper writes ς·(log p_θ - log p_old + b) with b = mean(μ_θ - μ_old)²/(2ς²). Since x' = μ_old + ς·ε and μ_θ - μ_old = κ·δ, the
+    difference of the log-densities is κ·mean(ε⊙δ)/ς - b, and no density is left over: the mean is 0 under the old policy and the std |κ|
+    times that of mean(ε⊙δ), without the 1/ς of the plain ratio.
+
+    At r = 1 its gradient is κ·mean(ε⊙∇prediction), so steps weigh as |κ|. The weight that makes them equal is 1/|κ| for every transition.
+    The paper's 1/Δ is that up to the constant 1 + a²/2 for Flow-SDE, where |κ| = Δ·(1 + a²/2) for 0 < σ < 1; for Dance-SDE |κ| = Δ·β with
+    β = 1 + η²(1 - σ)/(2σ), so that the right weight is 1/(Δ·β), while the β/Δ of some code leaves β² instead of 1. As κ is
+    ∂μ/∂prediction, "equal" is meant for what the network says, not for the picture.
+
+    Args:
+        noise: (B, ...) ε = (x' - μ_old)/ς.
+        delta: (B, ...) prediction_θ - prediction_old; gradients reach only this.
+        kappa: (B,) or () `visalign.paths.gain`.
+    """
+    delta = wide(delta)
+    return kappa.to(delta) * (wide(noise).detach() * delta).flatten(1).mean(1)
+
+
+def per_step_statistics(log_ratio: Tensor, clipped: Tensor, step: Tensor, count: int) -> Tensor:
+    """Sums over the transitions of each denoising step: (4, count) float64, to be added up over micro-batches and ranks.
+
+    Rows: how many, Σ(r - 1), Σ(r - 1)², how many clipped. Not r itself, whose squares would lose a spread of 1e-6 when added up.
+
+    Args:
+        log_ratio, clipped: (B,) of `Loss`.
+        step: (B,) int64 in [0, count).
+    """
+    deviation = log_ratio.detach().double().expm1()
+    rows = torch.stack([torch.ones_like(deviation), deviation, deviation.square(), clipped.double()])
+    return torch.zeros(4, count, dtype=torch.float64, device=rows.device).index_add(1, step, rows)
+
+
+def per_step_summary(sums: Tensor) -> dict[str, Tensor]:
+    """Sums (4, T) of `per_step_statistics` as ratio/mean, ratio/std and clip/fraction, (T,) float64; NaN where there was no transition."""
+    count, total, square, clipped = sums.unbind()
+    mean = total / count
+    return {
+        "ratio/mean": 1 + mean,
+        "ratio/std": (square / count - mean.square()).clamp(min=0).sqrt(),
+        "clip/fraction": clipped / count,
+    }
 
 
 def velocity_kl(prediction: Tensor, reference: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -89,3 +149,10 @@ def path_kl(kappa: Tensor, std: Tensor, prediction: Tensor, reference: Tensor) -
     """
     square = velocity_kl(prediction, reference)
     return (kappa / std).square().to(square) / 2 * square
+
+
+def _log1p(value: Bound) -> Bound:
+    """log(1 + value); -∞ for values of -1 and less."""
+    if isinstance(value, Tensor):
+        return value.clamp(min=-1).log1p()
+    return math.log1p(value) if value > -1 else -math.inf

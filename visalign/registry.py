@@ -19,8 +19,9 @@ from urllib.parse import urlparse
 import torch
 from pydantic import BaseModel, ConfigDict, create_model
 
-from visalign.config import RewardSection, nearest, validate
+from visalign.config import RewardSection, validate
 from visalign.errors import UserError
+from visalign.explain import nearest
 from visalign.policy import PRECISIONS, Family, Policy
 from visalign.scoring import Panel, Reward
 

@@ -1,6 +1,6 @@
 """What travels through a training step: prompts, conditions, trajectories, rollouts, minibatches. Slicing and nothing else.
 
-Legend: N samples, U unique prompts, T steps, S ≤ T recorded steps, `...` latent axes.
+Legend: N samples, U unique prompts, T steps, S ≤ T recorded steps, K stored states, `...` latent axes.
 """
 
 from __future__ import annotations
@@ -97,28 +97,53 @@ class Condition(Sliceable):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The recorded steps of N denoising chains; equal numbers in `node` share a node of a tree (a chain has none to share).
+    """The recorded steps of N denoising chains; a tree is the chains from its root to its N leaves.
 
     Attributes:
-        latents: (N, S + 1, ...) states around the recorded steps, in the dtype that is replayed.
-        steps: (S,) int64, which steps of the sigma grid they are.
+        latents: (N, K, ...) states around the recorded steps, in the dtype that is replayed; K = S + 1 if these are consecutive.
+        before: (S,) int64, the column of `latents` at which each recorded step begins; it ends one column further.
+        steps: (N, S) int64, which steps of the sigma grid they are.
         sigmas: (T + 1,) the grid.
         log_probs: (N, S) float32, of each recorded transition, averaged over latent axes.
-        node: (N, S + 1) int64.
+        node: (N, K) int64; in one column equal numbers are one state, shared by branches or by equal initial noise.
         final: (N, ...) the clean latents.
         nfe: denoiser forwards per picture.
+        predictions: (N, K, ...) what the network said at each state, where the rollout was asked to keep it; 0 at a state that is final.
     """
 
     latents: Tensor
+    before: Tensor
     steps: Tensor
     sigmas: Tensor
     log_probs: Tensor
     node: Tensor
     final: Tensor
     nfe: float
+    predictions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.final)
+
+    @property
+    def at(self) -> Tensor:
+        """(N, K) int64: the point of the sigma grid at which each stored state lies."""
+        found = torch.zeros_like(self.node)
+        found[:, self.before] = self.steps
+        found[:, self.before + 1] = self.steps + 1
+        return found
+
+    def owner(self) -> Tensor:
+        """(N, K) int64: the first row that holds each stored state; a row's own number where no earlier row shares it."""
+        count, columns = self.node.shape
+        rows = torch.arange(count, device=self.node.device)[:, None].expand_as(self.node)
+        _, name = (self.node * columns + torch.arange(columns, device=self.node.device)).unique(return_inverse=True)
+        first = torch.full((name.numel(),), count, device=self.node.device).scatter_reduce(0, name.flatten(), rows.flatten(), "amin")
+        return first[name]
+
+    def distinct(self) -> Tensor:
+        """(N, S) bool: False for the edges of a tree that an earlier row has too; all True for chains."""
+        rows = torch.arange(len(self), device=self.node.device)
+        return self.owner()[:, self.before + 1] == rows[:, None]
 
 
 @dataclass(frozen=True)
@@ -130,6 +155,7 @@ class Rollout:
         images: (N, 3, H, W) float in [0, 1].
         rewards: alias -> (N,) float32, NaN where a reward failed.
         advantages: (N, S) float32; 0 where a sample carries no signal.
+        values: (N, K) float32, the reward of every stored state's completion, where credit asks for it.
         metrics: what the collection has to say about itself.
     """
 
@@ -139,24 +165,24 @@ class Rollout:
     images: Tensor
     rewards: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     advantages: Tensor | None = None
+    values: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict[str, float])
 
     def transitions(self, rows: Tensor, columns: Tensor) -> Minibatch:
-        """The transitions (row, column) of `rows` × `columns`, timesteps stacked along the batch: column 0 for all rows first."""
+        """The transitions (rows[b], columns[b]), any B of them."""
         trajectory = self.trajectory
         assert self.advantages is not None, "credit comes before minibatches"
-        row = rows.repeat(len(columns))
-        column = columns.repeat_interleave(len(rows))
-        step = trajectory.steps[column]
+        step, start = trajectory.steps[rows, columns], trajectory.before[columns]
         return Minibatch(
-            x=trajectory.latents[row, column],
-            x_next=trajectory.latents[row, column + 1],
+            x=trajectory.latents[rows, start],
+            x_next=trajectory.latents[rows, start + 1],
             sigma=trajectory.sigmas[step],
             sigma_next=trajectory.sigmas[step + 1],
             step=step,
-            log_prob=trajectory.log_probs[row, column],
-            advantage=self.advantages[row, column],
-            condition=self.condition.take(row),
+            log_prob=trajectory.log_probs[rows, columns],
+            advantage=self.advantages[rows, columns],
+            condition=self.condition.take(rows),
+            prediction=None if trajectory.predictions is None else trajectory.predictions[rows, start],
         )
 
 
@@ -171,6 +197,7 @@ class Minibatch(Sliceable):
         log_prob: (B,) float32, the rollout's.
         advantage: (B,) float32.
         condition: B rows.
+        prediction: (B, ...) of the policy that drew them, where the rollout kept it.
     """
 
     x: Tensor
@@ -181,6 +208,7 @@ class Minibatch(Sliceable):
     log_prob: Tensor
     advantage: Tensor
     condition: Condition
+    prediction: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)

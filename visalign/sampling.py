@@ -9,22 +9,28 @@ import torch
 from torch import Tensor
 
 from visalign.noise import gaussian as seeded_noise
-from visalign.paths import Path
+from visalign.paths import Path, endpoints
 from visalign.policy import Policy
 from visalign.rollout import Condition, Prompts, Trajectory
-from visalign.schedules import StepPlan, deterministic
+from visalign.schedules import StepPlan, deterministic, tail
+from visalign.solvers import Memory, solve
 from visalign.transitions import TRANSITIONS, Gaussian, Step, kernel, ode
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """A kind of stochastic transition with its noise level."""
+    """A kind of stochastic transition with its noise level: one for all steps, or (T,) for those of a grid (T + 1,)."""
 
     kind: str
-    level: float
+    level: float | Tensor
+    grid: Tensor | None = None
 
     def __call__(self, path: Path, t: Tensor, t_next: Tensor) -> Step:
-        return TRANSITIONS[self.kind](path, t, t_next, self.level)
+        level = self.level
+        if isinstance(level, Tensor):
+            assert self.grid is not None, "levels per step belong to a grid"
+            level = level.to(t.device)[(self.grid[:-1, None].to(t) - t).abs().argmin(0)]
+        return TRANSITIONS[self.kind](path, t, t_next, level)
 
 
 def transition(
@@ -49,6 +55,7 @@ def rollout(
     guidance: float = 1.0,
     plan: StepPlan | None = None,
     dynamics: Dynamics | None = None,
+    keep_predictions: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Trajectory:
     """Denoise N prompts and keep the steps that the plan records.
@@ -60,21 +67,20 @@ def rollout(
         prompts, condition: N rows each.
         steps: T denoising steps on the family's own grid.
         batch: samples per forward; replay at the same size reproduces log-probabilities to the bit.
-        plan: which steps are stochastic and recorded; None samples the ODE and records nothing.
+        plan: which steps are stochastic and recorded, and how the chain ends; None samples the ODE and records nothing.
         dynamics: the transition of stochastic steps.
+        keep_predictions: store what the network said at the recorded states, too.
         progress: called with the number of pictures finished since the last call.
+
+    Raises:
+        ValueError: the plan branches.
     """
     plan = plan or deterministic(steps)
+    if plan.leaves > 1:
+        raise ValueError(f"a plan that branches at {plan.splits} is for visalign.branching.tree_rollout")
     sigmas = policy.family.grid(steps).to(policy.device)
     before, count = policy.nfe, len(prompts)
-    noise_ids, origin = prompts.noise_ids.unique(return_inverse=True)
-    prefix = plan.stochastic.index(True) if len(noise_ids) < count and any(plan.stochastic) else 0
-    x = seeded_noise(policy.family.latent_shape, seed, noise_ids, 0, device=policy.device)
-    if prefix:
-        rows = torch.stack([(origin == n).nonzero()[0, 0] for n in range(len(noise_ids))])
-        still = Walk(policy, sigmas, guidance, plan, None, lambda *_: x)
-        x = torch.cat([still(x[r], condition.take(rows[r]), r, 0, prefix).final for r in torch.arange(len(x)).split(batch)])
-    x = x[origin.to(x.device)]
+    x, origin, prefix = begin(policy, prompts, condition, sigmas, plan, seed, batch, guidance)
     draw = lambda rows, step: seeded_noise(x.shape[1:], seed, prompts.ids[rows], step + 1, device=policy.device)  # noqa: E731
     walk = Walk(policy, sigmas, guidance, plan, dynamics, draw)
     chains: list[Chain] = []
@@ -82,25 +88,47 @@ def rollout(
         chains.append(walk(x[rows], condition.take(rows), rows, prefix, steps))
         if progress:
             progress(len(rows))
-    recorded = list(plan.recorded)
-    node = torch.arange(count).unsqueeze(1).expand(count, len(recorded) + 1) if recorded else torch.zeros(count, 1, dtype=torch.int64)
+    latents = torch.cat([c.states for c in chains])
+    node = torch.arange(count, device=policy.device)[:, None].repeat(1, latents.shape[1])
+    if plan.recorded and plan.recorded[0] == plan.stochastic.index(True):
+        node[:, 0] = origin.to(policy.device)  # until the first draw equal initial noise is one state
     return Trajectory(
-        latents=torch.cat([c.states for c in chains]),
-        steps=torch.tensor(recorded, dtype=torch.int64, device=policy.device),
+        latents=latents,
+        before=torch.tensor(plan.before, dtype=torch.int64, device=policy.device),
+        steps=torch.tensor(plan.recorded, dtype=torch.int64, device=policy.device).expand(count, -1),
         sigmas=sigmas,
         log_probs=torch.cat([c.log_probs for c in chains]),
         node=node,
         final=torch.cat([c.final for c in chains]),
         nfe=(policy.nfe - before) / count,
+        predictions=torch.cat([c.predictions for c in chains]) if keep_predictions else None,
     )
+
+
+def begin(
+    policy: Policy, prompts: Prompts, condition: Condition, sigmas: Tensor, plan: StepPlan, seed: int, batch: int, guidance: float
+) -> tuple[Tensor, Tensor, int]:
+    """Latents (N, ...) at the start of a step, numbers (N,) that are equal where latents are, and that step.
+
+    The first one; or, where pictures share their initial noise, the first stochastic one, up to which they are then computed once.
+    """
+    noise_ids, origin = prompts.noise_ids.unique(return_inverse=True)
+    prefix = plan.stochastic.index(True) if len(noise_ids) < len(prompts) and any(plan.stochastic) else 0
+    x = seeded_noise(policy.family.latent_shape, seed, noise_ids, 0, device=policy.device)
+    if prefix:
+        rows = torch.stack([(origin == n).nonzero()[0, 0] for n in range(len(noise_ids))])
+        still = Walk(policy, sigmas, guidance, plan, None, lambda *_: x)
+        x = torch.cat([still(x[r], condition.take(rows[r]), r, 0, prefix).final for r in torch.arange(len(x)).split(batch)])
+    return x[origin.to(x.device)], origin, prefix
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One batch after some steps: `final` (N, ...), recorded `states` (N, S + 1, ...) and `log_probs` (N, S)."""
+    """One batch after some steps: `final` (N, ...), stored `states` and `predictions` (N, K, ...) and `log_probs` (N, S)."""
 
     final: Tensor
     states: Tensor
+    predictions: Tensor
     log_probs: Tensor
 
 
@@ -116,19 +144,37 @@ class Walk:
     draw: Callable[[Tensor, int], Tensor]
 
     def __call__(self, x: Tensor, condition: Condition, rows: Tensor, first: int, last: int) -> Chain:
-        states, log_probs = [x], []
-        for j in range(first, last):
+        handover = self.plan.handover
+        states: list[Tensor] = []
+        predictions: list[Tensor] = []
+        log_probs: list[Tensor] = []
+        memory: Memory | None = None
+        for j in range(first, min(last, handover)):
+            recorded = j in self.plan.recorded
+            if recorded and len(predictions) == len(states):  # else x is stored already, as the end of the step before
+                states.append(x)
             t, t_next = (self.sigmas[k].expand(len(x)) for k in (j, j + 1))
             dynamics = self.dynamics if self.plan.stochastic[j] else None
-            law, _ = transition(self.policy, x, t, t_next, condition, self.guidance, dynamics)
+            law, prediction = transition(self.policy, x, t, t_next, condition, self.guidance, dynamics)
+            if len(predictions) < len(states):
+                predictions.append(prediction)
+            if j + 1 == handover < last:
+                memory = t, endpoints(self.policy.family.path, x, prediction, t)[0]
             x = law.draw(self.draw(rows, j)) if dynamics else law.mean
-            if j in self.plan.recorded:
+            if recorded:
                 states.append(x)
                 log_probs.append(law.log_prob(x))
-            elif j < self.plan.recorded.start:
-                states = [x]
-        empty = x.new_zeros(len(x), 0)
-        return Chain(x, torch.stack(states, 1) if log_probs else x[:, None][:, :1], torch.stack(log_probs, 1) if log_probs else empty)
+        if self.plan.finish and handover < last:
+            prediction = self.policy.predict(x, self.sigmas[handover].expand(len(x)), condition, self.guidance)
+            if len(predictions) < len(states):
+                predictions.append(prediction)
+            times = tail(self.sigmas, handover, self.plan.finish)
+            x = solve(self.policy, x, times, condition, self.guidance, solver="dpm2m", prediction=prediction, previous=memory)
+        if len(predictions) < len(states):
+            predictions.append(torch.zeros_like(x))
+        nothing = x.new_zeros(len(x), 0)
+        stack = lambda values: torch.stack(values, 1) if values else nothing  # noqa: E731
+        return Chain(x, stack(states), stack(predictions), stack(log_probs))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +18,20 @@ from tqdm import tqdm
 
 from visalign import checkpoint, report
 from visalign.config import Config as Recipe
-from visalign.config import Positive, Section, explain
+from visalign.config import Positive, Section
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.evaluation import Examiner
-from visalign.losses import Loss
+from visalign.explain import explain
+from visalign.losses import Loss, per_step_statistics, per_step_summary
 from visalign.noise import seed_for
 from visalign.policy import Average, Policy
 from visalign.prompts import PromptSet
 from visalign.rollout import Minibatch, Prompts, Rollout
 from visalign.scoring import Panel
 from visalign.tracking import Tracker
+
+Defaults = Mapping[str, Mapping[str, Any]]  # section of a recipe -> key -> value
 
 
 class NonFiniteError(RuntimeError):
@@ -63,6 +66,7 @@ class Trainer(ABC):
 
     settings: Any  # of the subclass's own Config
     invalid_for_distilled: ClassVar[bool] = False
+    defaults: ClassVar[Defaults] = {}  # section -> key -> value where a recipe says nothing
 
     def __init__(self, session: Session):
         self.session, self.config, self.processes = session, session.config, session.processes
@@ -80,6 +84,7 @@ class Trainer(ABC):
         )
         accelerator = self.processes.accelerator
         self.policy.network, self.optimizer = accelerator.prepare(self.policy.network, self.optimizer)
+        self.by_step = torch.zeros(0)  # sums over the transitions of each denoising step, within one training step
         self.examiner = Examiner(self.config, self.policy, session.judges, session.test_prompts, self.processes)
 
     # --- what an algorithm is ------------------------------------------------------------------------------------------
@@ -156,6 +161,7 @@ class Trainer(ABC):
     def learn(self, rollout: Rollout, step: int) -> dict[str, float]:
         """Every update of a rollout: replay, loss, gradient, optimizer, average."""
         totals: dict[str, Tensor] = {}
+        self.by_step = torch.zeros(4, self.config.policy.steps, dtype=torch.float64, device=self.device)
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -167,17 +173,29 @@ class Trainer(ABC):
                 totals[name] = totals.get(name, value.new_zeros(())) + value / (
                     1 if name == "ratio/max_deviation" else self.settings.updates
                 )
-        return {name: value.item() for name, value in totals.items()} | {"lr": rate}
+        return {name: value.item() for name, value in totals.items()} | {"lr": rate} | self._describe_steps(rollout)
+
+    def _describe_steps(self, rollout: Rollout) -> dict[str, float]:
+        """For every denoising step that was trained: its ratio, its clip fraction and the mean size of its credit."""
+        steps = rollout.trajectory.steps
+        assert rollout.advantages is not None
+        table = torch.zeros(2, self.config.policy.steps, dtype=torch.float64, device=self.device)
+        table.index_add_(1, steps.flatten(), torch.stack([rollout.advantages.abs().double(), torch.ones_like(steps).double()]).flatten(1))
+        credit, count = self.processes.sum(table)
+        found = per_step_summary(self.processes.sum(self.by_step)) | {"credit/size": credit / count}
+        return {f"{name}/{j}": value for name, values in found.items() for j, value in enumerate(values.tolist()) if math.isfinite(value)}
 
     def update(self, batches: list[Minibatch]) -> dict[str, Tensor]:
         """One optimizer step on the mean of the batches' losses, over all processes."""
-        share = 1 / len(batches)
+        total = sum(map(len, batches))
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
+            last, share = number == len(batches) - 1, len(batch) / total
             with nullcontext() if last else self.processes.accelerator.no_sync(self.policy.network):
                 loss = self.loss(batch)
                 self.processes.accelerator.backward(loss.value * share)
+            if loss.log_ratio is not None and loss.clipped is not None:
+                self.by_step += per_step_statistics(loss.log_ratio, loss.clipped, batch.step, self.by_step.shape[1])
             for name, value in (loss.metrics | {"loss": loss.value.detach()}).items():
                 previous = sums.get(name, value.new_zeros(()))
                 sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
@@ -195,16 +213,17 @@ class Trainer(ABC):
             self.average.update()
         return sums
 
+    def select(self, rollout: Rollout, step: int) -> Tensor:
+        """(N, S) bool: the transitions to train. Here all of them, each edge of a tree once."""
+        return rollout.trajectory.distinct()
+
     def minibatches(self, rollout: Rollout, step: int) -> Iterator[list[Minibatch]]:
-        """For each update the micro-batches it averages: rows as in the rollout, timesteps stacked `stacked_timesteps` at a time."""
-        rows = torch.arange(len(rollout.prompts), device=self.device)
-        columns = torch.arange(rollout.trajectory.log_probs.shape[1], device=self.device)
-        for share in rows.chunk(self.settings.updates):
-            yield [
-                rollout.transitions(micro, stack)
-                for micro in share.split(self.settings.micro_batch)
-                for stack in columns.split(self.settings.stacked_timesteps)
-            ]
+        """For each update the micro-batches it averages: the chosen transitions, timestep by timestep."""
+        size = self.settings.micro_batch * self.settings.stacked_timesteps
+        chosen = self.select(rollout, step).to(self.device)
+        for share in torch.arange(len(rollout.prompts), device=self.device).chunk(self.settings.updates):
+            columns, rows = chosen[share].T.nonzero().unbind(1)
+            yield [rollout.transitions(share[r], c) for r, c in zip(rows.split(size), columns.split(size), strict=True)]
 
     def learning_rate(self, step: int) -> float:
         """A function of the absolute step alone, so that a resumed run does not change course."""

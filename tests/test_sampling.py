@@ -1,0 +1,61 @@
+"""Rollouts: what a plan stores, and the higher-order end of MixGRPO-Flash."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from visalign.families.toy import Toy
+from visalign.paths import endpoints
+from visalign.policy import Policy
+from visalign.rollout import Prompts, Trajectory
+from visalign.sampling import Dynamics, rollout
+from visalign.schedules import StepPlan, all_steps, flash, span, tail, tree
+from visalign.solvers import solve
+
+STEPS, COUNT = 10, 6
+
+
+def draw(policy: Policy, plan: StepPlan, batch: int = 4) -> Trajectory:
+    given = Prompts.of(["a"] * COUNT)
+    condition = policy.family.encode(given.texts)
+    dynamics = Dynamics("flow_sde", 0.7)
+    return rollout(policy, given, condition, steps=STEPS, seed=0, batch=batch, plan=plan, dynamics=dynamics, keep_predictions=True)
+
+
+@pytest.mark.parametrize(("start", "share", "nfe"), [(0, 0.25, 4), (0, 1.0, 10), (3, 0.4, 7), (7, 0.4, 10)])
+def test_a_finished_chain_costs_less_and_explores_the_same(start: int, share: float, nfe: int) -> None:
+    policy, plan = Policy(Toy("mixture", STEPS)), span(STEPS, start, 2)
+    slow, fast = draw(policy, plan), draw(policy, flash(plan, share))
+    assert slow.nfe == STEPS
+    assert fast.nfe == nfe
+    for name in ("latents", "predictions", "log_probs", "steps", "node"):
+        assert torch.equal(getattr(slow, name), getattr(fast, name)), name
+
+
+@torch.no_grad()
+def test_the_finish_remembers_the_last_stochastic_step() -> None:
+    policy, plan = Policy(Toy("mixture", STEPS)), span(STEPS, 3, 2)
+    trajectory = draw(policy, flash(plan, 0.6), batch=COUNT)
+    assert trajectory.predictions is not None
+    clean, _ = endpoints(policy.family.path, trajectory.latents[:, 1], trajectory.predictions[:, 1], trajectory.sigmas[4])
+    condition, times = policy.family.encode(["a"] * COUNT), tail(trajectory.sigmas, 5, 3)
+    x, memory = trajectory.latents[:, 2], (trajectory.sigmas[4], clean)
+    assert torch.equal(solve(policy, x, times, condition, 1.0, solver="dpm2m", previous=memory), trajectory.final)
+
+
+def test_predictions_are_what_the_network_says_at_the_stored_states() -> None:
+    policy, plan = Policy(Toy("mixture", STEPS)), StepPlan(all_steps(STEPS, last=True).stochastic, (0, 1, 4, 9))
+    trajectory = draw(policy, plan)
+    assert trajectory.predictions is not None
+    assert trajectory.at[0].tolist() == list(plan.stored) == [0, 1, 2, 4, 5, 9, 10]
+    for k, point in enumerate(plan.stored[:-1]):
+        with torch.no_grad():
+            said = policy.predict(trajectory.latents[:, k], trajectory.sigmas[point].expand(COUNT), policy.family.encode(["a"] * COUNT))
+        assert torch.equal(said, trajectory.predictions[:, k])
+    assert not trajectory.predictions[:, -1].any(), "nothing is said of a final state"
+
+
+def test_a_tree_is_for_another_function() -> None:
+    with pytest.raises(ValueError, match="tree_rollout"):
+        draw(Policy(Toy("gaussian", STEPS)), tree(STEPS, (0,)))
