@@ -61,13 +61,14 @@ def detect(network: Detector, images: Tensor, least: float = 0.5, sure: float = 
     """
     if images.shape[-2:] != (SIZE, SIZE):
         images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-    seen = network(images.float())
+    # The toybox puts centres on multiples of 8 pixels, just where two cells meet and neither is sure: half a cell of padding moves them inside.
+    seen = network(F.pad(images.float(), (STRIDE // 2, STRIDE + STRIDE // 2) * 2, mode="replicate"))
     centre = seen["centre"].sigmoid()[:, 0]
     peaks = (centre >= least) & (centre == F.max_pool2d(centre, 3, 1, 1))
     objects: list[list[Object]] = [[] for _ in range(len(images))]
     n, row, column = peaks.nonzero(as_tuple=True)
     shape, colour = (seen[name][n, :, row, column].softmax(1).max(1) for name in ("shape", "colour"))
-    at = (torch.stack([column, row], 1) + seen["offset"][n, :, row, column]) * STRIDE
+    at = (torch.stack([column, row], 1) + seen["offset"][n, :, row, column] - 0.5) * STRIDE
     rows = zip(n.tolist(), at.tolist(), *shape, *colour, strict=True)
     for k, (x, y), shape_sure, s, colour_sure, c in rows:
         name = KINDS[int(s)] if shape_sure >= sure else "unknown"
