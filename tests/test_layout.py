@@ -26,7 +26,7 @@ DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
-PLUMBING |= {"build", "summary", "check", "axes", "explain"}
+PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts"}
 DOORS = {"train", "cli", "api", "demo"}
 MAY_IMPORT = {  # group -> what of visalign its files may import, besides each other and errors
     "data": set(),

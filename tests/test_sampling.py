@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from visalign.families.toy import Toy
 from visalign.paths import endpoints
 from visalign.policy import Policy
-from visalign.rollout import Prompts, Trajectory
-from visalign.sampling import Dynamics, rollout
+from visalign.rollout import Condition, Prompts, Trajectory
+from visalign.sampling import Dynamics, rollout, transition
 from visalign.schedules import StepPlan, all_steps, flash, span, tail, tree
 from visalign.solvers import solve
 
@@ -54,6 +57,33 @@ def test_predictions_are_what_the_network_says_at_the_stored_states() -> None:
             said = policy.predict(trajectory.latents[:, k], trajectory.sigmas[point].expand(COUNT), policy.family.encode(["a"] * COUNT))
         assert torch.equal(said, trajectory.predictions[:, k])
     assert not trajectory.predictions[:, -1].any(), "nothing is said of a final state"
+
+
+class Shaped(Policy):
+    """What it says depends on the size of the batch: as rounding does, but for all to see."""
+
+    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
+        return super().predict(x, sigma, condition, guidance) + 0.1 * len(x)
+
+
+@pytest.mark.parametrize(("start", "size", "shared"), [(0, 4, 4), (0, 6, 6), (3, 4, 4), (3, 3, 6), (3, 6, 6), (3, 12, 12), (0, 24, 12)])
+@torch.no_grad()
+def test_a_group_shares_its_first_draw_and_replays_to_the_bit(start: int, size: int, shared: int) -> None:
+    count, unique = 12, 4
+    policy, plan, dynamics = Shaped(Toy("mixture", STEPS)), span(STEPS, start, 2), Dynamics("flow_sde", 0.7)
+    given = Prompts.of(["a"] * count)
+    given = replace(given, noise_ids=given.ids // (count // unique) * 100)
+    condition = policy.family.encode(given.texts)
+    drawn = rollout(policy, given, condition, steps=STEPS, seed=0, batch=size, plan=plan, dynamics=dynamics, keep_predictions=True)
+    assert drawn.predictions is not None
+    assert drawn.nfe * count == start * unique + shared + (STEPS - start - 1) * count
+    for column, step in enumerate(plan.recorded):
+        t, t_next = drawn.sigmas[step].expand(count), drawn.sigmas[step + 1].expand(count)
+        for rows in torch.arange(count).split(size):
+            x = drawn.latents[rows, column]
+            law, said = transition(policy, x, t[rows], t_next[rows], condition.take(rows), 1.0, dynamics)
+            assert torch.equal(said, drawn.predictions[rows, column])
+            assert torch.equal(law.log_prob(drawn.latents[rows, column + 1]), drawn.log_probs[rows, column])
 
 
 def test_a_tree_is_for_another_function() -> None:

@@ -15,6 +15,7 @@ half of guidance stays outside the graph; groups live whole on one rank; the KL 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -60,6 +61,12 @@ class FlowGRPO(Trainer):
     def plan(self, step: int) -> StepPlan:
         """Which denoising steps of a training step's rollout are stochastic, recorded and trained."""
         return self.exploration.plan(step)
+
+    def step(self, step: int) -> dict[str, float]:
+        row = super().step(step)
+        if step > 1:
+            return row
+        return row | {f"gain/{j}": value for j, value in enumerate(self.ratio.gains.tolist()) if math.isfinite(value)}  # said once
 
     # --- collect, credit -----------------------------------------------------------------------------------------------
 

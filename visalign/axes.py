@@ -235,8 +235,17 @@ class Ratio:
         elif kind == "inverse_gap":
             found = 1 / (now - after)
         else:
-            found = 1 / gain(self.path, step.a, step.c, now).abs()
+            scale = {"plain": 1 / step.std, "guard": torch.ones_like(step.std), "cps": 2 * step.std}[self.section.kind]
+            found = 1 / (gain(self.path, step.a, step.c, now).abs() * scale)  # of this ratio's gradient, κ·mean(ε⊙∇prediction)·scale
+            found = found / found.mean()
         return torch.nn.functional.pad(found.float(), (0, 1))
+
+    @cached_property
+    def gains(self) -> Tensor:
+        """(T - 1,) float64 |κ|/ς: by how many stds of a step's noise its mean moves if the prediction moves by 1, last step left out."""
+        now, after = self.sigmas[:-2], self.sigmas[1:-1]
+        step = self.dynamics(self.path, now, after)
+        return gain(self.path, step.a, step.c, now).abs() / step.std
 
     def loss(self, batch: Minibatch, law: Gaussian, prediction: Tensor) -> Loss:
         """The clipped policy loss of a minibatch whose transitions now have the density `law`."""

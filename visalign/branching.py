@@ -58,8 +58,8 @@ def tree_rollout(
     _check_groups(prompts.groups, plan.leaves, "leaves of a tree, the product of its widths")
     forest = Forest(policy, prompts, condition, policy.family.grid(steps).to(policy.device), plan, dynamics, spread, seed, batch, guidance)
     rows = torch.arange(0, count, plan.leaves)
-    x, origin, first = begin(policy, prompts.take(rows), condition.take(rows), forest.sigmas, plan, seed, batch, guidance)
-    states, predictions, log_probs = forest.grow(x, first)
+    x, origin, first, said = begin(policy, prompts.take(rows), condition.take(rows), forest.sigmas, plan, seed, batch, guidance)
+    states, predictions, log_probs = forest.grow(x, first, said)
     if progress:
         progress(count)
     stack = lambda nodes: torch.stack([some.repeat_interleave(count // len(some), 0) for some in nodes], 1)  # noqa: E731
@@ -94,7 +94,7 @@ class Forest:
     batch: int
     guidance: float
 
-    def grow(self, x: Tensor, first: int) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+    def grow(self, x: Tensor, first: int, said: Tensor | None) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
         """From the roots to the leaves: what is stored of states and predictions by grid point, and log-probabilities by step."""
         plan, path = self.plan, self.policy.family.path
         states: dict[int, Tensor] = {}
@@ -102,7 +102,7 @@ class Forest:
         log_probs: dict[int, Tensor] = {}
         parent = prediction = x
         for j in range(first, plan.handover):
-            parent, prediction = x, self.predict(x, j)
+            parent, prediction = x, self.predict(x, j) if said is None or j > first else said
             if j in plan.stored:
                 states[j], predictions[j] = parent, prediction
             if plan.stochastic[j]:

@@ -68,6 +68,8 @@ def policy(config: Config, device: torch.device) -> Policy:
     options = dict(section.options) | ({"resolution": section.resolution} if section.resolution else {})
     loaded = registry.load_policy(section.model, section.family, section.precision, section.dtype, **options)
     torch.manual_seed(config.run.seed)  # the adapter's first weights
+    if section.lora and section.train:
+        raise UserError("policy.train is for full fine-tuning: set policy.lora=null, or choose the adapter's layers by policy.lora.targets")
     if section.lora:
         if not hasattr(loaded.family.network, "add_adapter"):
             raise UserError(f"policy.lora: {section.model} can't hold an adapter; use policy.lora=null to train all its weights")
@@ -76,7 +78,10 @@ def policy(config: Config, device: torch.device) -> Policy:
         except ValueError as error:
             raise UserError(f"policy.lora.targets: {' '.join(str(error).split())[:200]}") from None
     else:
-        loaded.family.network.requires_grad_(True)
+        try:
+            loaded.train_weights(section.train)
+        except ValueError as error:
+            raise UserError(f"policy.train: {error}") from None
     if section.gradient_checkpointing:
         loaded.enable_gradient_checkpointing()
     return loaded.to(device)

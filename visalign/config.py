@@ -47,6 +47,7 @@ class PolicySection(Section):
     model: str = "toybox"  # toybox, toybox/PART, a folder, a hub id
     family: str | None = None  # None: recognised by the pipeline's model_index.json
     lora: LoraSection | None = LoraSection()  # null: full fine-tuning
+    train: list[str] = []  # full fine-tuning: only weights whose names contain one of these; empty: all
     ema: Fraction | None = 0.9  # decay per update of the averaged weights, which evaluation and export use; null: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of every denoiser forward
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the frozen weights
@@ -138,7 +139,7 @@ class RatioSection(Section):
     kind: Literal["plain", "guard", "cps"] = "plain"  # guard: de-biased and scaled; cps: times 2ς²
     clip: Above | tuple[Above, Above] = 1e-4  # of the ratio p^(1/D): log-probabilities are means over latent elements
     clip_steps: dict[int, Above] = {}  # another clip at single denoising steps
-    weight: Literal["none", "inverse_gap", "noise", "equal_gain"] = "none"  # of a step's loss: 1/Δ, ς/mean ς, 1/|κ|
+    weight: Literal["none", "inverse_gap", "noise", "equal_gain"] = "none"  # of a step's loss: 1/Δ, ς/mean ς, 1/its gradient's gain, mean 1
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -131,6 +131,19 @@ class Policy:
             parameter.data = parameter.data.float()  # the base may be in half precision, what learns never is
         self.lora = True
 
+    def train_weights(self, parts: Sequence[str] = ()) -> None:
+        """Train the weights whose names contain one of `parts`, or all of them, and no adapter.
+
+        Raises:
+            ValueError: one of `parts` is in no weight's name.
+        """
+        weights = dict(self.family.network.named_parameters())
+        for part in parts:
+            if not any(part in name for name in weights):
+                raise ValueError(f"no weight has {part!r} in its name; names look like {next(iter(weights))}, {next(reversed(weights))}")
+        for name, parameter in weights.items():
+            parameter.requires_grad_(not parts or any(part in name for part in parts))
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, a third more time."""
         network: Any = self.family.network

@@ -136,7 +136,8 @@ class Trajectory:
         """(N, K) int64: the first row that holds each stored state; a row's own number where no earlier row shares it."""
         count, columns = self.node.shape
         rows = torch.arange(count, device=self.node.device)[:, None].expand_as(self.node)
-        _, name = (self.node * columns + torch.arange(columns, device=self.node.device)).unique(return_inverse=True)
+        keys: Any = self.node * columns + torch.arange(columns, device=self.node.device)  # Any: the stub of `unique` has no types
+        name: Tensor = keys.unique(return_inverse=True)[1]
         first = torch.full((name.numel(),), count, device=self.node.device).scatter_reduce(0, name.flatten(), rows.flatten(), "amin")
         return first[name]
 

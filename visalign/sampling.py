@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from visalign.paths import Path, endpoints
 from visalign.policy import Policy
 from visalign.rollout import Condition, Prompts, Trajectory
 from visalign.schedules import StepPlan, deterministic, tail
-from visalign.solvers import Memory, solve
+from visalign.solvers import Memory, predict_all, solve
 from visalign.transitions import TRANSITIONS, Gaussian, Step, kernel, ode
 
 
@@ -34,11 +35,21 @@ class Dynamics:
 
 
 def transition(
-    policy: Policy, x: Tensor, t: Tensor, t_next: Tensor, condition: Condition, guidance: float, dynamics: Dynamics | None
+    policy: Policy,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    condition: Condition,
+    guidance: float,
+    dynamics: Dynamics | None,
+    known: Tensor | None = None,
 ) -> tuple[Gaussian, Tensor]:
-    """The Gaussian over x at t_next given x (N, ...) at t (N,), and the prediction it rests on; no dynamics is the ODE's Euler step."""
+    """The Gaussian over x at t_next given x (N, ...) at t (N,), and the prediction it rests on: the network's, unless it is `known`.
+
+    No dynamics is the ODE's Euler step.
+    """
     path = policy.family.path
-    prediction = policy.predict(x, t, condition, guidance)
+    prediction = policy.predict(x, t, condition, guidance) if known is None else known
     step = dynamics(path, t, t_next) if dynamics else ode(path, t, t_next, 0.0)
     return kernel(path, x, prediction, t, t_next, step), prediction
 
@@ -61,7 +72,7 @@ def rollout(
     """Denoise N prompts and keep the steps that the plan records.
 
     All noise is a function of (seed, picture, step): the same pictures whatever the batch. Pictures that share their initial noise share
-    the deterministic steps before the first stochastic one too, which are then computed once.
+    the deterministic steps before the first stochastic one too, and what the network says there: see `begin`.
 
     Args:
         prompts, condition: N rows each.
@@ -80,12 +91,12 @@ def rollout(
         raise ValueError(f"a plan that branches at {plan.splits} is for visalign.branching.tree_rollout")
     sigmas = policy.family.grid(steps).to(policy.device)
     before, count = policy.nfe, len(prompts)
-    x, origin, prefix = begin(policy, prompts, condition, sigmas, plan, seed, batch, guidance)
+    x, origin, prefix, said = begin(policy, prompts, condition, sigmas, plan, seed, batch, guidance)
     draw = lambda rows, step: seeded_noise(x.shape[1:], seed, prompts.ids[rows], step + 1, device=policy.device)  # noqa: E731
     walk = Walk(policy, sigmas, guidance, plan, dynamics, draw)
     chains: list[Chain] = []
     for rows in torch.arange(count).split(batch):
-        chains.append(walk(x[rows], condition.take(rows), rows, prefix, steps))
+        chains.append(walk(x[rows], condition.take(rows), rows, prefix, steps, None if said is None else said[rows]))
         if progress:
             progress(len(rows))
     latents = torch.cat([c.states for c in chains])
@@ -107,19 +118,30 @@ def rollout(
 
 def begin(
     policy: Policy, prompts: Prompts, condition: Condition, sigmas: Tensor, plan: StepPlan, seed: int, batch: int, guidance: float
-) -> tuple[Tensor, Tensor, int]:
-    """Latents (N, ...) at the start of a step, numbers (N,) that are equal where latents are, and that step.
+) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """Latents (N, ...) at the start of a step, numbers (N,) that are equal where latents are, that step, and the prediction (N, ...) there.
 
-    The first one; or, where pictures share their initial noise, the first stochastic one, up to which they are then computed once.
+    The first step, of which nothing is said; or, where N pictures share U initial noises, the first stochastic step j, up to which they are
+    computed once: j·U forwards. So is the prediction, in batches of the size in which the pictures are replayed, filled up with repeats: a
+    network's rounding may depend on the size of its batch, and the old log-probability must be the replay's to the bit. That costs U
+    forwards rounded up to whole batches; where this spares none, nothing is said. The T - j - 1 steps that are left cost N each.
     """
     noise_ids, origin = prompts.noise_ids.unique(return_inverse=True)
-    prefix = plan.stochastic.index(True) if len(noise_ids) < len(prompts) and any(plan.stochastic) else 0
+    count, unique = len(prompts), len(noise_ids)
     x = seeded_noise(policy.family.latent_shape, seed, noise_ids, 0, device=policy.device)
-    if prefix:
-        rows = torch.stack([(origin == n).nonzero()[0, 0] for n in range(len(noise_ids))])
+    place = origin.to(x.device)
+    if unique == count or not any(plan.stochastic):
+        return x[place], origin, 0, None
+    first = plan.stochastic.index(True)
+    rows = torch.stack([(origin == n).nonzero()[0, 0] for n in range(unique)])
+    if first:
         still = Walk(policy, sigmas, guidance, plan, None, lambda *_: x)
-        x = torch.cat([still(x[r], condition.take(rows[r]), r, 0, prefix).final for r in torch.arange(len(x)).split(batch)])
-    return x[origin.to(x.device)], origin, prefix
+        x = torch.cat([still(x[r], condition.take(rows[r]), r, 0, first).final for r in torch.arange(unique).split(batch)])
+    filled = torch.arange(math.ceil(unique / batch) * batch) % unique
+    if len(filled) >= count:
+        return x[place], origin, first, None
+    said = predict_all(policy, x[filled], sigmas[first], condition.take(rows[filled]), guidance, batch)
+    return x[place], origin, first, said[place]
 
 
 @dataclass(frozen=True)
@@ -143,7 +165,8 @@ class Walk:
     dynamics: Dynamics | None
     draw: Callable[[Tensor, int], Tensor]
 
-    def __call__(self, x: Tensor, condition: Condition, rows: Tensor, first: int, last: int) -> Chain:
+    def __call__(self, x: Tensor, condition: Condition, rows: Tensor, first: int, last: int, said: Tensor | None = None) -> Chain:
+        """Steps `first` to `last` from x (N, ...); `said` is what the network says of x, where that is known."""
         handover = self.plan.handover
         states: list[Tensor] = []
         predictions: list[Tensor] = []
@@ -155,7 +178,8 @@ class Walk:
                 states.append(x)
             t, t_next = (self.sigmas[k].expand(len(x)) for k in (j, j + 1))
             dynamics = self.dynamics if self.plan.stochastic[j] else None
-            law, prediction = transition(self.policy, x, t, t_next, condition, self.guidance, dynamics)
+            known = said if j == first else None
+            law, prediction = transition(self.policy, x, t, t_next, condition, self.guidance, dynamics, known)
             if len(predictions) < len(states):
                 predictions.append(prediction)
             if j + 1 == handover < last:

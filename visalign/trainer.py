@@ -140,15 +140,16 @@ class Trainer(ABC):
             return self.examiner(step, scan)
 
     def step(self, step: int) -> dict[str, float]:
-        """One collection and its updates; the metrics of the step."""
+        """One collection and its updates; the metrics of the step. Per picture `nfe` are the rollout's forwards, `nfe_credit` those of
+        completions, `nfe_train` those of the replay, and `nfe_backward` the transitions trained: each is one backward pass."""
         started, nfe = time.perf_counter(), self.policy.nfe
         torch.manual_seed(seed_for(self.config.run.seed, self.processes.rank, step))
         rollout = self.collect(self.draw(step), step)
         rollout = replace(rollout, advantages=self.credit(rollout))
+        count, collected = len(rollout.prompts), self.policy.nfe
         metrics = self.learn(rollout, step)
-        images = len(rollout.prompts) * self.processes.count
-        spent = {"seconds": time.perf_counter() - started, "images": images, "nfe": rollout.trajectory.nfe}
-        spent["nfe_train"] = (self.policy.nfe - nfe) / len(rollout.prompts) - rollout.trajectory.nfe
+        spent = {"seconds": time.perf_counter() - started, "images": count * self.processes.count, "nfe": rollout.trajectory.nfe}
+        spent |= {"nfe_credit": (collected - nfe) / count - rollout.trajectory.nfe, "nfe_train": (self.policy.nfe - collected) / count}
         return metrics | rollout.metrics | spent
 
     def draw(self, step: int) -> Prompts:
@@ -162,18 +163,19 @@ class Trainer(ABC):
         """Every update of a rollout: replay, loss, gradient, optimizer, average."""
         totals: dict[str, Tensor] = {}
         self.by_step = torch.zeros(4, self.config.policy.steps, dtype=torch.float64, device=self.device)
-        rate = self.learning_rate(step)
+        rate, trained = self.learning_rate(step), 0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for number, batches in enumerate(self.minibatches(rollout, step)):
             metrics = self.update(batches)
+            trained += sum(map(len, batches))
             if number:  # only before the first update does the ratio measure how exact the replay is
                 metrics.pop("ratio/max_deviation", None)
             for name, value in metrics.items():
-                totals[name] = totals.get(name, value.new_zeros(())) + value / (
-                    1 if name == "ratio/max_deviation" else self.settings.updates
-                )
-        return {name: value.item() for name, value in totals.items()} | {"lr": rate} | self._describe_steps(rollout)
+                share = 1 if name == "ratio/max_deviation" else self.settings.updates
+                totals[name] = totals.get(name, value.new_zeros(())) + value / share
+        metrics = {name: value.item() for name, value in totals.items()} | self._describe_steps(rollout)
+        return metrics | {"lr": rate, "nfe_backward": trained / len(rollout.prompts)}
 
     def _describe_steps(self, rollout: Rollout) -> dict[str, float]:
         """For every denoising step that was trained: its ratio, its clip fraction and the mean size of its credit."""
@@ -245,11 +247,8 @@ class Trainer(ABC):
             if self.average:
                 tensors["average"] = dict(zip(names, self.average.values, strict=True))
             tensors["rewards"] = {f"{a}/{n}": v for a, r in self.session.rewards.rewards.items() for n, v in r.state_dict().items()}
-            state = {
-                "updates": self.average.updates if self.average else 0,
-                "seed": self.config.run.seed,
-                "processes": self.processes.count,
-            }
+            updates = self.average.updates if self.average else 0
+            state = {"updates": updates, "seed": self.config.run.seed, "processes": self.processes.count}
             folder = self.config.run.path / "checkpoints"
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)

@@ -40,6 +40,16 @@ def test_noise_free_sample_equals_the_stock_pipeline(policy: Policy, guidance: f
     assert ours.std() > 0.01
 
 
+def test_full_fine_tuning_of_some_weights(policy: Policy) -> None:
+    policy.train_weights(["_context"])
+    assert policy.named_trainable()
+    assert all("_context" in name for name in policy.named_trainable())
+    with pytest.raises(ValueError, match="'contxt'"):
+        policy.train_weights(["contxt"])
+    policy.train_weights()
+    assert len(policy.trainable()) == len(list(policy.family.network.parameters()))
+
+
 def test_grid_is_the_schedulers_own(policy: Policy) -> None:
     grid = policy.family.grid(10)
     assert grid[0] == 1

@@ -38,6 +38,8 @@ def test_a_step(name: str, tmp_path: Path) -> None:
         assert (tmp_path / "run" / "calibration.json").is_file()
     row = trainer.step(1)
     assert row["nfe"] == pytest.approx(forwards)
+    completions = 4 + 3 + 2 + 1 + 5 / 8 if name == "dense_grpo" else 0  # the first step is the rollout's, the shared noise's own is shared
+    assert row["nfe_credit"] == pytest.approx(completions)
     assert row["ratio/max_deviation"] < 1e-6
     assert 0 < row["grad_norm"] < 100
     assert any(key.startswith("credit/size/") for key in row)

@@ -12,6 +12,8 @@ from visalign import build, config
 from visalign.families.toy import Toy
 from visalign.sampling import Dynamics
 from visalign.trainer import Trainer
+from visalign.trainers.flow_grpo import FlowGRPO
+from visalign.transitions import kernel
 
 
 def toy(path: Path, **changes: Any) -> Trainer:
@@ -47,6 +49,19 @@ def _empty(path: Path) -> Path:
     file = path / "recipe.yaml"
     file.write_text("run: {steps: 1}\n")
     return file
+
+
+def test_the_first_step_says_how_far_a_prediction_moves_each_mean(tmp_path: Path) -> None:
+    trainer = toy(tmp_path, trainer__group_size=4, trainer__micro_batch=4)
+    assert isinstance(trainer, FlowGRPO)
+    first, second = trainer.step(1), trainer.step(2)
+    assert sorted(key for key in first if key.startswith("gain/")) == [f"gain/{j}" for j in range(7)], "the last step has no gain"
+    assert not any(key.startswith("gain/") for key in second)
+    path, grid, x = trainer.policy.family.path, trainer.ratio.sigmas, torch.zeros(1, 2)
+    for j in range(7):
+        step = trainer.dynamics(path, grid[j], grid[j + 1])
+        still, moved = (kernel(path, x, x + shift, grid[j], grid[j + 1], step) for shift in (0.0, 1.0))
+        assert first[f"gain/{j}"] == pytest.approx(((still.mean - moved.mean) / still.std)[0, 0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "level"), [("flow_sde", 0.7), ("dance_sde", 0.6), ("ddim", 0.8)])

@@ -61,7 +61,7 @@ def detect(network: Detector, images: Tensor, least: float = 0.5, sure: float = 
     """
     if images.shape[-2:] != (SIZE, SIZE):
         images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-    # The toybox puts centres on multiples of 8 pixels, just where two cells meet and neither is sure: half a cell of padding moves them inside.
+    # The toybox has its centres on multiples of 8 pixels, where cells meet and none is sure: half a cell of padding moves them inside.
     seen = network(F.pad(images.float(), (STRIDE // 2, STRIDE + STRIDE // 2) * 2, mode="replicate"))
     centre = seen["centre"].sigmoid()[:, 0]
     peaks = (centre >= least) & (centre == F.max_pool2d(centre, 3, 1, 1))

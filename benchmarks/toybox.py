@@ -1,0 +1,222 @@
+"""`python -m benchmarks.toybox [NAME …] [--seconds 90] [--seeds 0,1,2] [--again] [--only-table]`: every algorithm, one world.
+
+Every recipe configs/toybox_NAME.yaml, and the default job, trains for the same seconds; evaluations are not counted. A NAME is one of
+these, or the path of a recipe. Each run is one file, results/toybox/NAME-SEED.json; one that is there and was made by the same recipe is
+not run again, so the command goes on where it was stopped. From all files that exist it then writes benchmarks/toybox.md and its plot.
+
+DenseGRPO's calibration, which can be kept and used again, stands beside the seconds and is not part of them.
+
+A learning rate that decays by steps has to fit a run whose number of steps is not known: some steps of a policy that is thrown away are
+timed first, and `optimizer.decay_steps` is the number that fits. All runs are evaluated with the same noise, whatever their seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records, toybox_table
+from benchmarks.machine import describe
+from visalign import build, config, registry
+from visalign.config import Config
+from visalign.evaluation import evaluate
+from visalign.trainer import NonFiniteError, Trainer
+
+FOLDER = records.RESULTS / "toybox"
+LEFT_OUT = ("toybox_full",)  # the default job, longer
+SETTINGS = ("policy", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # what of a recipe is kept with its run
+
+
+def names() -> list[str]:
+    """The recipes that are compared."""
+    return [name for name in config.packaged() if re.match(r"toybox(_|$)", name) and name not in LEFT_OUT]
+
+
+def load(name: str, seed: int) -> Config:
+    """A recipe with its algorithm's defaults."""
+    recipe = config.load(name, {"run.seed": seed, "run.resume": "never", "eval.scan": []})
+    return build.completed(recipe, registry.load("trainers", recipe.trainer.name).defaults)
+
+
+def digest(found: Any) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(recipe: Config, seconds: float) -> str:
+    """Equal for runs that would be the same: of everything in a recipe that is not a default, but for where and how long it runs."""
+    content = recipe.model_dump(mode="json", exclude={"run": {"path", "steps"}, "log": True}, exclude_defaults=True)
+    return digest([content, seconds])
+
+
+# --- a run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ledger:
+    """What a run has spent on training.
+
+    Attributes:
+        seconds: of steps.
+        forwards: of the denoiser, for one latent each: of rollouts, of completions for credit, and of replays.
+        backwards: transitions trained.
+        scored: pictures that the reward looked at.
+    """
+
+    seconds: float = 0.0
+    forwards: int = 0
+    backwards: float = 0.0
+    scored: float = 0.0
+
+    @contextmanager
+    def spending(self, trainer: Trainer) -> Iterator[None]:
+        rewards = trainer.session.rewards
+        started, forwards, calls = time.perf_counter(), trainer.policy.nfe, rewards.calls
+        yield
+        self.seconds += time.perf_counter() - started
+        self.forwards += trainer.policy.nfe - forwards
+        self.scored += (rewards.calls - calls) / len(rewards.rewards)
+
+    def point(self, step: int, judged: dict[str, float]) -> dict[str, float]:
+        """A point of the run's curve: what was spent, and what the judges say; `nfe` counts a backward as two forwards."""
+        spent = {"seconds": self.seconds, "forwards": self.forwards, "nfe": self.forwards + 2 * self.backwards, "scored": self.scored}
+        return {"step": step} | {key: records.rounded(value) for key, value in (spent | judged).items()}
+
+
+def judge(trainer: Trainer) -> dict[str, float]:
+    """The averaged weights on the test prompts, with the same noise in all runs: strict, second_judge, diversity and the others."""
+    section, policy = trainer.config.eval, trainer.config.policy
+    common = {"seed": 0, "batch": section.batch, "describe": "evaluate"}
+    guidance = policy.guidance if section.guidance is None else section.guidance
+    with trainer.average.weights() if trainer.average else nullcontext():
+        prompts, judges = trainer.examiner.prompts, trainer.session.judges
+        found = evaluate(trainer.policy, prompts, judges, steps=section.steps or policy.steps, guidance=guidance, **common)
+    return {key.removeprefix("eval/"): value for key, value in found.metrics.items() if key.startswith("eval/")}
+
+
+def base(trainer: Trainer, folder: Path) -> dict[str, float]:
+    """What the judges say before training: judged once per commit and sampler, and kept."""
+    file, commit = folder / "base.json", describe()["commit"]
+    unused = {"eval": {"every", "scan", "grid"}, "policy": {"lora", "ema", "gradient_checkpointing"}}
+    sections = trainer.config.model_dump(mode="json", include={"eval", "policy", "prompts"}, exclude=unused)
+    key = digest([commit, sections])
+    known = records.read(file) if file.exists() else {}
+    if key not in known:
+        known[key] = judge(trainer) | {"commit": commit}
+        records.write(file, known)
+    return {name: value for name, value in known[key].items() if name != "commit"}
+
+
+def pace(trainer: Trainer, seconds: float) -> float:
+    """Mean seconds of a step: after two to warm up, four spread over a run, because windows that move make them differ."""
+    trainer.step(1)
+    steps = max(1, int(seconds / trainer.step(2)["seconds"]))
+    return statistics.fmean(trainer.step(1 + steps * n // 4)["seconds"] for n in range(4))
+
+
+def fit_decay(trainer: Trainer, steps: int) -> int | None:
+    """Let a learning rate that decays reach its end after so many steps."""
+    optimizer = trainer.config.optimizer
+    if optimizer.decay_steps is None:
+        return None
+    trainer.config = trainer.config.model_copy(update={"optimizer": optimizer.model_copy(update={"decay_steps": steps})})
+    return steps
+
+
+def train(trainer: Trainer, seconds: float, step_seconds: float, before: dict[str, float], evaluations: int) -> dict[str, Any]:
+    """Train until the seconds are spent; what was measured on the way."""
+    ledger, calibration, rows, stopped = Ledger(), Ledger(), list[dict[str, float]](), ""
+    curve = [ledger.point(0, before)]
+    with calibration.spending(trainer):
+        getattr(trainer, "calibrate", lambda: None)()  # DenseGRPO's, which `fit` would do first
+    decay = fit_decay(trainer, max(1, round(seconds / step_seconds)))
+    marks = [seconds * (n + 1) / evaluations for n in range(evaluations)]
+    while marks:
+        try:
+            with ledger.spending(trainer):
+                rows.append(trainer.step(len(rows) + 1))
+            ledger.backwards += rows[-1]["nfe_backward"] * rows[-1]["images"]
+        except NonFiniteError as error:
+            if not rows:
+                raise
+            stopped, marks = str(error), []
+        if not marks or ledger.seconds >= marks[0]:
+            curve.append(ledger.point(len(rows), judge(trainer)))
+            marks = [mark for mark in marks if mark > ledger.seconds]
+    return {
+        "steps": len(rows),
+        "seconds_per_step": records.rounded(statistics.median(row["seconds"] for row in rows)),
+        "calibration": {key: records.rounded(getattr(calibration, key)) for key in ("seconds", "forwards", "scored")},
+        "decay_steps": decay,
+        "stopped": stopped,
+        "curve": curve,
+        "rows": columns(rows),
+    }
+
+
+def columns(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
+    """Metrics of all steps, name by name; those of single denoising steps are left out, and NaN is null."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if not re.search(r"/\d+$", key)))
+    values = {key: [row.get(key) for row in rows] for key in keys}
+    return {key: [None if v is None or v != v else records.rounded(v) for v in column] for key, column in values.items()}
+
+
+def run(name: str, seed: int, seconds: float, evaluations: int, folder: Path = FOLDER) -> dict[str, Any]:
+    """Train one recipe with one seed, and write it down."""
+    recipe = load(name, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = lambda part: {"run": recipe.run.model_copy(update={"path": Path(scratch) / part})}  # noqa: E731
+        pilot = build.trainer(recipe.model_copy(update=place("pilot")))
+        before = base(pilot, folder)
+        step_seconds = pace(pilot, seconds)
+        found = train(build.trainer(recipe.model_copy(update=place("run"))), seconds, step_seconds, before, evaluations)
+    settings = recipe.model_dump(mode="json", include=set(SETTINGS))
+    head = {"name": Path(name).stem, "seed": seed, "seconds": seconds, "recipe": fingerprint(recipe, seconds)}
+    record = head | {"pictures": recipe.eval.images} | describe() | found | {"settings": settings}
+    records.write(file_of(name, seed, folder), record)
+    return record
+
+
+def file_of(name: str, seed: int, folder: Path = FOLDER) -> Path:
+    return folder / f"{Path(name).stem}-{seed}.json"
+
+
+def done(name: str, seed: int, seconds: float, folder: Path = FOLDER) -> bool:
+    """Whether this run is written down already."""
+    file = file_of(name, seed, folder)
+    return file.exists() and records.read(file)["recipe"] == fingerprint(load(name, seed), seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.toybox", description="Every algorithm on the toybox, for equal seconds.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes (default: all of the toybox), or paths of recipes")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of training, for each run")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--evaluations", type=int, default=2, help="evenly spaced, the last at the end")
+    parser.add_argument("--again", action="store_true", help="repeat runs that are there already")
+    parser.add_argument("--only-table", action="store_true", help="train nothing")
+    given = parser.parse_args()
+    chosen = [] if given.only_table else given.names or names()
+    for seed in map(int, given.seeds.split(",")):  # one seed of everything comes first
+        for name in chosen:
+            if not given.again and done(name, seed, given.seconds):
+                print(f"{name}, seed {seed}: done before")
+                continue
+            last = run(name, seed, given.seconds, given.evaluations)
+            first, end = last["curve"][0], last["curve"][-1]
+            print(f"{name}, seed {seed}: {last['steps']} steps, strict {first['strict']:.3f} → {end['strict']:.3f} {last['stopped']}")
+            toybox_table.write(FOLDER, given.seconds)
+    toybox_table.write(FOLDER, given.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""benchmarks/toybox.md and its plot, from whatever runs `benchmarks.toybox` has written down.
+
+Seeds 0 to 2 are for choosing; all others are new ones on which a choice is confirmed, in a table of their own. A paper's claim counts as
+shown where the difference, paired by seed, exceeds twice its standard error; where it does not, the row says so and stays.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import markdown, mean_and_std, read
+
+ROOT = Path(__file__).parents[1]
+PAGE, PLOT = ROOT / "benchmarks" / "toybox.md", ROOT / "assets" / "pictures" / "toybox_runs.png"
+CHOSEN_ON = (0, 1, 2)
+COLLAPSED = 0.5  # share of groups without spread, averaged over a window of steps, from which on a group's spread has collapsed
+WINDOW = 5
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and what would show it here.
+
+    Attributes:
+        text: the paper's figures.
+        against: the run that must be beaten after equal seconds; None: the base model.
+        judge: that has to see it.
+    """
+
+    text: str
+    against: str | None = None
+    judge: str = "strict"
+
+
+FLOW, DANCE = "toybox", "toybox_dance_grpo"
+CLAIMS = {
+    "toybox": Claim("Flow-GRPO: GenEval 0.63 → 0.95"),
+    "toybox_dance_grpo": Claim("HPSv2.1 0.31 → 0.36 on FLUX in 300 iterations"),
+    "toybox_mix_grpo": Claim("0.51 of DanceGRPO's seconds, HPSv2.1 0.369 against 0.356", DANCE),
+    "toybox_mix_grpo_flash": Claim("0.39 of DanceGRPO's seconds, HPSv2.1 0.358 against 0.356", DANCE),
+    "toybox_branch_grpo": Claim("0.71 of DanceGRPO's seconds, HPSv2.1 0.363 against 0.360", DANCE),
+    "toybox_branch_grpo_mix": Claim("0.21 of DanceGRPO's seconds, HPSv2.1 0.363 against 0.360", DANCE),
+    "toybox_dense_grpo": Claim("GenEval 0.97 against Flow-GRPO's 0.95", FLOW),
+    "toybox_vgpo": Claim("GenEval 0.96 against Flow-GRPO's 0.95", FLOW),
+    "toybox_grpo_guard": Claim("as much reward as Flow-GRPO, less loss in what is not rewarded", FLOW, "second_judge"),
+    "toybox_tempflow_grpo": Claim("better than Flow-GRPO in preference and GenEval", FLOW),
+    "toybox_flow_grpo_fast": Claim("two trained steps as good as all of Flow-GRPO's on PickScore", FLOW),
+}
+
+
+def load(folder: Path) -> list[Run]:
+    """All runs that are written down, by name and seed."""
+    return sorted((read(file) for file in folder.glob("*-*.json")), key=lambda run: (run["name"], run["seed"]))
+
+
+def title(name: str) -> str:
+    """ "toybox_dance_grpo" is "dance_grpo", and the default job says what it is."""
+    return name.removeprefix("toybox_") if name != FLOW else "flow_grpo (toybox)"
+
+
+def by_name(runs: Sequence[Run], judge: str = "strict") -> dict[str, list[Run]]:
+    """name -> its runs; what ends best on average comes first."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run["name"], []).append(run)
+    return dict(sorted(found.items(), key=lambda item: -statistics.fmean(run["curve"][-1][judge] for run in item[1])))
+
+
+def at(run: Run, key: str, axis: str, place: float) -> float:
+    """A curve's value between its points, by straight lines; its ends beyond them."""
+    points = [(point[axis], point[key]) for point in run["curve"]]
+    for (left, low), (right, high) in pairwise(points):
+        if place <= right:
+            share = max(0.0, (place - left) / (right - left)) if right > left else 1.0
+            return low + share * (high - low)
+    return points[-1][1]
+
+
+def reached(run: Run, key: str, value: float) -> float | None:
+    """The training step at which a curve first comes to a value."""
+    for before, after in pairwise(run["curve"]):
+        if before[key] >= value:
+            return before["step"]
+        if after[key] >= value:
+            return before["step"] + (value - before[key]) / (after[key] - before[key]) * (after["step"] - before["step"])
+    return None
+
+
+def change(runs: Sequence[Run], key: str, digits: int = 3) -> str:
+    """Before → after, mean ± std over seeds."""
+    first = statistics.fmean(run["curve"][0][key] for run in runs)
+    return f"{first:.{digits}f} → {mean_and_std([run['curve'][-1][key] for run in runs], digits)}"
+
+
+def per_picture(run: Run, key: str) -> float:
+    """Mean of a metric over steps."""
+    return statistics.fmean(value for value in run["rows"][key] if value is not None)
+
+
+def verdict(name: str, groups: dict[str, list[Run]]) -> str:
+    """Whether the paper's claim shows after equal seconds."""
+    claim = CLAIMS.get(name)
+    if claim is None:
+        return ""
+    own = {run["seed"]: run["curve"] for run in groups[name]}
+    if claim.against is None:
+        other, beside = {seed: curve[0] for seed, curve in own.items()}, "the base"
+    else:
+        other, beside = {run["seed"]: run["curve"][-1] for run in groups.get(claim.against, [])}, title(claim.against)
+    gaps = [own[seed][-1][claim.judge] - other[seed][claim.judge] for seed in own if seed in other]
+    if len(gaps) < 2:
+        return f"not known: too few seeds beside {beside}"
+    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+    return f"{'yes' if mean > 2 * error else 'no'}: {claim.judge} {mean:+.3f} ± {error:.3f} over {beside}"
+
+
+def main_table(runs: Sequence[Run]) -> str:
+    """One row per algorithm."""
+    groups = by_name(runs)
+    equal = min(run["curve"][-1]["nfe"] for run in runs)
+    head = ["algorithm", "seeds", "steps", "s / step", "NFE: rollout + credit + replay", "strict", "second judge", "diversity"]
+    head += [f"strict at {equal / 1000:.0f} k NFE", "the paper says", "does it show"]
+    rows: list[list[str]] = []
+    for name, some in groups.items():
+        nfe = " + ".join(f"{statistics.fmean(per_picture(r, key) for r in some):.1f}" for key in ("nfe", "nfe_credit", "nfe_train"))
+        steps, seconds = (statistics.fmean(run[key] for run in some) for key in ("steps", "seconds_per_step"))
+        seeds = f"{len(some)}" + (f", {stopped} stopped early" if (stopped := sum(bool(run["stopped"]) for run in some)) else "")
+        before = statistics.fmean(run["calibration"]["seconds"] for run in some)
+        pace = f"{seconds:.2f}" + (f", after {before:.0f} s of calibration" if before > 1 else "")
+        row = [f"`{title(name)}`", seeds, f"{steps:.0f}", pace, nfe]
+        row += [change(some, "strict"), change(some, "second_judge"), change(some, "diversity")]
+        row += [mean_and_std([at(run, "strict", "nfe", equal) for run in some])]
+        claim = CLAIMS.get(name)
+        rows.append([*row, claim.text if claim else "", verdict(name, groups)])
+    return markdown(head, rows)
+
+
+def confirmation(runs: Sequence[Run]) -> str:
+    """Runs on new seeds."""
+    rows = [[f"`{title(n)}`", str(len(some)), change(some, "strict"), change(some, "second_judge")] for n, some in by_name(runs).items()]
+    return markdown(["algorithm", "new seeds", "strict", "second judge"], rows)
+
+
+def pairs(runs: Sequence[Run], name: str) -> list[tuple[Run, Run]]:
+    """(Flow-GRPO, the other) for every seed that both have."""
+    others = {run["seed"]: run for run in runs if run["name"] == name}
+    return [(run, others[run["seed"]]) for run in runs if run["name"] == FLOW and run["seed"] in others]
+
+
+def dense_table(runs: Sequence[Run]) -> str:
+    """Steps that DenseGRPO needs for Flow-GRPO's final accuracy, between its evaluations by straight lines."""
+    rows: list[list[str]] = []
+    for flow, dense in pairs(runs, "toybox_dense_grpo"):
+        for judge in ("strict", "second_judge"):
+            goal, start = flow["curve"][-1][judge], flow["curve"][0][judge]
+            steps, best = reached(dense, judge, goal), max(point[judge] for point in dense["curve"])
+            said = f"{steps:.1f}: {steps / flow['steps']:.2f} of them" if steps is not None else f"never; {best:.3f} at best"
+            said = said if goal > start else f"no gain to compare with; {best:.3f} at best"
+            rows.append([str(flow["seed"]), judge, f"{goal:.3f}", str(flow["steps"]), said])
+    return markdown(["seed", "judge", "Flow-GRPO's last", "Flow-GRPO's steps", "DenseGRPO's steps to it"], rows)
+
+
+def windows(run: Run, key: str) -> list[float]:
+    """Averages of a metric over the last `WINDOW` steps, from the step on that has so many."""
+    values = [value or 0.0 for value in run["rows"][key]]
+    return [statistics.fmean(values[n : n + WINDOW]) for n in range(len(values) - WINDOW + 1)]
+
+
+def collapse(run: Run) -> int | None:
+    """The step at which most groups have had no spread for a window of steps."""
+    found = [n for n, share in enumerate(windows(run, "zero_spread/total")) if share >= COLLAPSED]
+    return found[0] + WINDOW if found else None
+
+
+def value_table(runs: Sequence[Run]) -> str:
+    """Flow-GRPO and VGPO from the step on at which Flow-GRPO's group spread has collapsed."""
+    rows: list[list[str]] = []
+    for flow, value in pairs(runs, "toybox_vgpo"):
+        step = collapse(flow)
+        if step is None:
+            most = max(windows(flow, "zero_spread/total"), default=0.0)
+            rows.append([str(flow["seed"]), f"never: at most {most:.2f} of the groups", "", "", "", ""])
+            continue
+        cells = [str(flow["seed"]), str(step)]
+        for run in (flow, value):
+            rewards = windows(run, "reward/mean")
+            start = rewards[min(step - WINDOW, len(rewards) - 1)]
+            accuracy = at(run, "strict", "step", step)
+            cells += [f"{start:.3f} → {rewards[-1]:.3f}", f"{accuracy:.3f} → {run['curve'][-1]['strict']:.3f}"]
+        rows.append(cells)
+    head = ["seed", "collapse at step", "Flow-GRPO: reward", "strict", "VGPO: reward", "strict"]
+    return markdown(head, rows)
+
+
+INTRODUCTION = """# Every algorithm on the toybox
+
+Written by `python -m benchmarks.toybox` from `benchmarks/results/toybox`; don't edit.
+
+Runs of {seconds:g} s of training each, from the same base model; evaluations are not counted, nor is DenseGRPO's calibration, a pre-run
+that can be kept. {pictures} held-out prompts with the same noise in every run, averaged weights, the recipe's sampler; "a → b ± std" is
+before and after, over seeds.
+`strict` is the verifier's verdict, the second judge is never a reward: a gain that only the first sees is hacking. A learning rate that
+decays reaches its end with the run: its steps are set from the seconds per step of a few steps timed before.
+
+NFE are denoiser forwards for one latent, per picture: guidance counts two. For "strict at N NFE" they are summed over the run with each
+backward as two forwards, and the accuracy is taken from straight lines between the evaluations, at the least total of all runs. A claim
+shows where the difference after equal seconds, paired by seed, exceeds twice its standard error (in ± of the last column).
+
+{machine}
+"""
+
+
+def page(runs: Sequence[Run], seconds: float) -> str:
+    """The whole of toybox.md."""
+    runs = [run for run in runs if run["seconds"] == seconds]
+    chosen, fresh = ([run for run in runs if (run["seed"] in CHOSEN_ON) == first] for first in (True, False))
+    if not chosen:
+        return f"# Every algorithm on the toybox\n\nNo run of {seconds:g} s with one of the seeds {CHOSEN_ON} yet.\n"
+    found = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}" for r in runs})
+    parts = [INTRODUCTION.format(seconds=seconds, pictures=runs[0]["pictures"], machine="Made on: " + "; ".join(found) + ".")]
+    parts += [main_table(chosen), "![accuracy, training reward and spread over time](../assets/pictures/toybox_runs.png)"]
+    if fresh:
+        parts += ["## Confirmed on new seeds", "What was chosen above, on seeds that had no part in it.", confirmation(fresh)]
+    if pairs(chosen, "toybox_dense_grpo"):
+        parts += ["## DenseGRPO: iterations to Flow-GRPO's final accuracy", "The paper's curves need fewer. Wanted: 0.6 of them."]
+        parts += [dense_table(chosen)]
+    if pairs(chosen, "toybox_vgpo"):
+        text = f"Collapsed: at least {COLLAPSED:g} of the groups have no spread, on average over {WINDOW} steps. From there to the end:"
+        parts += ["## VGPO: after Flow-GRPO's group spread has collapsed", text, value_table(chosen)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Held-out accuracy, training reward and the share of groups without spread over training seconds, averaged over seeds."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=110)
+    panels = figure.subplots(1, 3)
+    for number, (name, some) in enumerate(by_name(runs).items()):
+        colour, label = colormaps["tab20"](number % 20), title(name)
+        points = list(zip(*(run["curve"] for run in some), strict=False))  # of all seeds, one evaluation after another
+        x, y = ([statistics.fmean(p[key] for p in point) for point in points] for key in ("seconds", "strict"))
+        panels[0].plot(x, y, "o-", color=colour, label=label, markersize=4)
+        for panel, key in ((panels[1], "reward/mean"), (panels[2], "zero_spread/total")):
+            clocks, curves = zip(*((windows(run, "seconds"), windows(run, key)) for run in some), strict=True)
+            steps = min(map(len, curves))
+            mean = [statistics.fmean(curve[n] for curve in curves) for n in range(steps)]
+            pace = statistics.fmean(statistics.fmean(clock) for clock in clocks) if steps else 0.0
+            panel.plot([(n + WINDOW) * pace for n in range(steps)], mean, color=colour, linewidth=1.3)
+    for panel, text in zip(panels, ("strict, held out", f"training reward, {WINDOW} steps", "groups without spread"), strict=True):
+        panel.set(title=text, xlabel="seconds of training")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def write(folder: Path, seconds: float, target: Path = PAGE, picture: Path = PLOT) -> None:
+    """toybox.md and the plot."""
+    runs = load(folder)
+    target.write_text(page(runs, seconds), encoding="utf-8")
+    shown = [run for run in runs if run["seconds"] == seconds and run["seed"] in CHOSEN_ON and run["steps"]]
+    if shown:
+        plot(shown, picture)

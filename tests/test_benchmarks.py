@@ -1,0 +1,114 @@
+"""Tables of the benchmarks, made from hand-made results; nothing is trained here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import cost, records, toybox, toybox_table
+from benchmarks.cost_cases import CASES, chain, completed, one_branch, tree, window
+
+MACHINE = {"device": "abacus", "threads": 2, "torch": "2.15", "commit": "abc1234"}
+
+
+def run(name: str, seed: int, end: float, spread: float = 0.0, total: float = 1000.0, **changes: Any) -> dict[str, Any]:
+    """Ten steps from 0.5 to `end` by straight lines; `spread` is the share of groups without one, from the first step on."""
+    judged = {"second_judge": 0.4, "diversity": 0.2}
+    curve = [{"step": 5 * n, "nfe": total / 2 * n, "seconds": 45.0 * n, "strict": 0.5 + (end - 0.5) * n / 2} | judged for n in range(3)]
+    rows = {"seconds": [9.0] * 10, "reward/mean": [0.1 * n for n in range(10)], "zero_spread/total": [spread] * 10}
+    rows |= {"nfe": [7.0] * 10, "nfe_credit": [0.0] * 10, "nfe_train": [2.0] * 10}
+    head = {"name": name, "seed": seed, "seconds": 90.0, "recipe": "-", "pictures": 516, "steps": 10, "seconds_per_step": 9.0}
+    return head | MACHINE | {"calibration": {"seconds": 0.0}, "stopped": "", "curve": curve, "rows": rows} | changes
+
+
+def row_of(text: str, start: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_says_which_claims_show_and_which_do_not(tmp_path: Path) -> None:
+    runs = [run("toybox", seed, 0.60 + 0.01 * seed) for seed in range(3)]
+    runs += [run("toybox_dense_grpo", seed, 0.70 + 0.012 * seed, total=2000.0) for seed in range(3)]
+    runs += [run("toybox_vgpo", seed, 0.60) for seed in range(3)]
+    runs += [run("toybox_mine", 0, 0.9, seconds=10.0), run("toybox_dense_grpo", 7, 0.8)]
+    for one in runs:
+        records.write(tmp_path / f"{one['name']}-{one['seed']}.json", one)
+    records.write(tmp_path / "base.json", {"key": {"strict": 0.5}})
+    assert toybox_table.load(tmp_path) == sorted(runs, key=lambda one: (one["name"], one["seed"]))
+    text = toybox_table.page(toybox_table.load(tmp_path), 90.0)
+    flow, dense, value = (row_of(text, f"`{name}") for name in ("flow_grpo (toybox)`", "dense_grpo`", "vgpo`"))
+    assert flow[:6] == ["`flow_grpo (toybox)`", "3", "10", "9.00", "7.0 + 0.0 + 2.0", "0.500 → 0.610 ± 0.010"]
+    assert flow[-1].startswith("yes: strict +0.110")
+    assert dense[-1].startswith("yes: strict +0.102")
+    assert value[-1].startswith("no: strict -0.010")
+    assert dense[8] == "0.606 ± 0.006", "half of its way, where the others end"
+    assert text.index("`dense_grpo`") < text.index("`flow_grpo") < text.index("`vgpo`"), "best first"
+    assert "mine" not in text, "another budget"
+    assert row_of(text.partition("## Confirmed")[2], "`dense_grpo`")[1:3] == ["1", "0.500 → 0.800"]
+
+
+def test_iterations_to_the_others_accuracy() -> None:
+    table = toybox_table.dense_table([run("toybox", 0, 0.6), run("toybox_dense_grpo", 0, 0.7), run("toybox", 1, 0.6)])
+    assert row_of(table, "0 | strict")[-1] == "5.0: 0.50 of them"
+    lost = toybox_table.dense_table([run("toybox", 0, 0.4), run("toybox_dense_grpo", 0, 0.7)])
+    assert row_of(lost, "0 | strict")[-1] == "no gain to compare with; 0.700 at best"
+    never = toybox_table.dense_table([run("toybox", 0, 0.6), run("toybox_dense_grpo", 0, 0.55)])
+    assert row_of(never, "0 | strict")[-1] == "never; 0.550 at best"
+
+
+def test_after_the_spread_has_collapsed() -> None:
+    table = toybox_table.value_table([run("toybox", 0, 0.5, spread=0.6), run("toybox_vgpo", 0, 0.6)])
+    assert row_of(table, "0") == ["0", "5", "0.200 → 0.700", "0.500 → 0.500", "0.200 → 0.700", "0.550 → 0.600"]
+    held = toybox_table.value_table([run("toybox", 0, 0.5, spread=0.2), run("toybox_vgpo", 0, 0.6)])
+    assert row_of(held, "0")[1] == "never: at most 0.20 of the groups"
+
+
+def test_no_run_yet_and_the_plot(tmp_path: Path) -> None:
+    assert "No run" in toybox_table.page([], 90.0)
+    pytest.importorskip("matplotlib")
+    toybox_table.plot([run("toybox", seed, 0.6) for seed in range(2)], tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 1000
+
+
+def test_every_recipe_of_the_toybox_is_compared_and_a_run_is_known_by_its_recipe() -> None:
+    assert "toybox" in toybox.names()
+    assert "toybox_full" not in toybox.names()
+    recipe = toybox.load("toybox", 0)
+    elsewhere = recipe.model_copy(update={"run": recipe.run.model_copy(update={"path": Path("elsewhere"), "steps": 7})})
+    assert toybox.fingerprint(recipe, 90) == toybox.fingerprint(elsewhere, 90)
+    assert len({toybox.fingerprint(recipe, 90), toybox.fingerprint(recipe, 60), toybox.fingerprint(toybox.load("toybox", 1), 90)}) == 3
+
+
+def test_what_a_run_has_measured_is_kept_without_what_json_cannot_hold() -> None:
+    rows = [{"loss": float("nan"), "ratio/mean": 1.0, "ratio/mean/3": 1.0}, {"loss": 0.12345678, "new": 2.0}]
+    assert toybox.columns(rows) == {"loss": [None, 0.123457], "ratio/mean": [1.0, None], "new": [None, 2.0]}
+
+
+def test_formulas_by_hand() -> None:
+    assert (chain(10).rollout, chain(10).replay) == (10, 9)
+    assert (tree(20, (0, 3, 6, 9), 16).rollout, tree(20, (0, 3, 6, 9), 16).replay) == (203 / 16, 202 / 16)
+    assert tree(4, (0,), 2, stochastic=(0,)).replay == 1
+    assert (window(25, 7, 4, 16).rollout, window(25, 7, 4, 16, 0.4).rollout) == (7 / 16 + 18, 7 / 16 + 4 + 6)
+    assert one_branch(4, (0, 1), 1).rollout == (2 + 3 + 2) / 2
+    assert completed(chain(10), range(10), 10, 1).credit == 45
+    assert completed(chain(10), range(10), 10, 16, last_known=True).credit == 36 + 9 / 16
+    assert completed(chain(10), range(10), 10, 16, 1).credit == 0
+
+
+def test_the_cost_page(tmp_path: Path) -> None:
+    times = {"seconds": [1.0, 1.2, 0.8], "against": [2.0, 2.0, 2.0]}
+    found = {name: times | {"counted": [case.cost.rollout, case.cost.credit, case.cost.replay, 1.0]} for name, case in CASES.items()}
+    found["GRPO-Guard"]["counted"][2] = 8.0
+    weights = {"forward_ms": 1.0, "replay_ms": 3.0, "ratio": 3.0}
+    records.write(tmp_path / "cost.json", {"pictures": 48, "rounds": 3, "weights": weights, "cases": found} | MACHINE)
+    text = cost.page(records.read(tmp_path / "cost.json"))
+    branch, mix = row_of(text, "BranchGRPO |"), row_of(text, "BranchGRPO-Mix |")
+    assert branch[3] == "**0.50** (0.40 to 0.60)"
+    assert float(branch[4]) == pytest.approx((203 + 3 * 202) / 16 / (20 + 3 * 19), abs=0.005)
+    assert branch[-1] == "seconds yes, NFE yes"
+    assert mix[-1].startswith("seconds no"), "0.5 is more than the 0.3 that is wanted"
+    forwards = text.partition("## Forwards")[2]
+    assert row_of(forwards, "BranchGRPO |")[4] == "yes"
+    assert row_of(forwards, "GRPO-Guard |")[3:5] == ["8, formula 9", "**no**"]
