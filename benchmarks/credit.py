@@ -78,6 +78,8 @@ LISTED = (
     Estimator("gain, n = t, dpm2m", plain("gain", solver="dpm2m")),
     Estimator("gain, n = t", plain("gain")),
     Estimator("gain, n = t, over std", plain("gain", std="group", floor=0.01), unit=None),  # as DenseGRPO trains it
+    Estimator("residual, n = 1", plain("residual", completion=1)),
+    Estimator("residual, n = t", plain("residual")),
     Estimator("value", CreditSection(kind="value", std="group"), unit=None),
     tree("tree", [0, 2, 3, 5]),  # BranchGRPO's 0, 3, 6, 9 of 20
     tree("tree, 32 leaves", [0, 1, 2, 3, 5]),

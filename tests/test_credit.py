@@ -19,6 +19,7 @@ from visalign.credit import (
     group_advantages,
     noise_weights,
     per_step,
+    residuals,
     spread,
     step_advantages,
     temporal_weights,
@@ -168,6 +169,12 @@ def test_gains_by_hand_and_where_states_are_missing() -> None:
     values = torch.tensor([[0.0, 1.0, 1.0, 4.0], [2.0, NAN, 3.0, 1.0]])
     assert_close(gains(values, CHAIN), torch.tensor([[1.0, 0.0, 3.0], [NAN, NAN, -2.0]]), equal_nan=True)
     assert_close(gains(values, torch.tensor([0, 2])), torch.tensor([[1.0, 3.0], [NAN, -2.0]]), equal_nan=True)
+
+
+def test_residuals_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 4.0], [0.0, NAN, 3.0]])
+    found = residuals(torch.tensor([5.0, 3.0]), values, torch.tensor([0, 1]))
+    assert_close(found, torch.tensor([[4.0, 3.0], [3.0, NAN]]), equal_nan=True)
 
 
 def test_gains_of_consecutive_steps_telescope() -> None:

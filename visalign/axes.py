@@ -106,7 +106,7 @@ class Credit:
     @property
     def dense(self) -> bool:
         """Whether intermediate states must be completed and scored."""
-        return self.section.kind in ("gain", "value")
+        return self.section.kind in ("gain", "value", "residual")
 
     def check(self) -> None:
         """Refuse rewards that this credit is not defined for."""
@@ -128,11 +128,12 @@ class Credit:
         """(N, K) the reward of the picture that each stored state leads to, and the number of pictures scored for it per sample.
 
         A state that several samples share is completed and scored once. Where Euler steps alone follow the last state, its completion
-        is the sample itself, already scored.
+        is the sample itself, already scored; a residual has the sample there in any case.
         """
         section, trajectory = self.section, drawn.trajectory
         steps = 1 if section.kind == "value" else section.completion
-        known = steps is None and section.solver == "euler" and plan.finish is None and not any(plan.stochastic[plan.recorded[-1] + 1 :])
+        straight = section.solver == "euler" and plan.finish is None and not any(plan.stochastic[plan.recorded[-1] + 1 :])
+        known = section.kind == "residual" or (steps is None and straight)
         options = {"batch": batch, "steps": steps, "solver": section.solver, "reuse_final": known}
         latents = complete(policy, trajectory, drawn.condition, guidance, **options)
         owner = trajectory.owner()
@@ -158,8 +159,9 @@ class Credit:
         total = rewards.pop("total")
         groups, before = drawn.prompts.groups.to(total.device), trajectory.before.to(total.device)
         scale = {"epsilon": section.epsilon, "clip": section.clip}
-        if section.kind == "gain":
-            signal = credits.gains(self._values(drawn), before)
+        if section.kind in ("gain", "residual"):
+            values = self._values(drawn)
+            signal = credits.gains(values, before) if section.kind == "gain" else credits.residuals(total, values, before)
             return credits.step_advantages(signal, groups, std=section.std, floor=section.floor, moments=moments, **scale)
         if section.kind == "value":
             instant = self._values(drawn)[:, before + 1]

@@ -121,14 +121,14 @@ class TransitionSection(Section):
 
 
 class CreditSection(Section):
-    kind: Literal["terminal", "gain", "value", "tree", "own_branch"] = "terminal"  # which reward a step answers for
+    kind: Literal["terminal", "gain", "residual", "value", "tree", "own_branch"] = "terminal"  # which reward a step answers for
     std: Literal["group", "global", "none"] = "global"  # by which spread advantages are divided
     aggregation: Literal["sum", "gdpo"] = "sum"  # several rewards: weighted sum, or normalised one by one
     epsilon: AtLeastZero = 1e-4
     clip: Above = 5.0  # advantages are cut to ± clip
-    floor: AtLeastZero = 0.0  # gain: the least spread of a step's gains that is blown up to 1
-    completion: Positive | None = None  # gain: solver steps of a completion; null: all that are left
-    solver: Literal["euler", "dpm2m"] = "euler"  # gain: of completions
+    floor: AtLeastZero = 0.0  # gain, residual: the least spread of a step's credit that is blown up to 1
+    completion: Positive | None = None  # gain, residual: solver steps of a completion; null: all that are left
+    solver: Literal["euler", "dpm2m"] = "euler"  # gain, residual: of completions
     discount: Fraction = 0.9  # value: γ
     anchor: AtLeastZero = 0.1  # value: weight of the absolute term
     anchor_steps: Annotated[int, Field(ge=0)] = 5  # value: denoising steps that have it, from the first on

@@ -141,6 +141,16 @@ def gains(values: Tensor, before: Tensor) -> Tensor:
     return (values[:, before + 1] - values[:, before]).float()
 
 
+def residuals(rewards: Tensor, values: Tensor, before: Tensor) -> Tensor:
+    """The terminal reward less what the state before a step promised, R - R(state before): (N, S) float32.
+
+    A baseline per step: it does not depend on the step's noise, so the expected gradient stays that of the terminal reward, which `gains`
+    with a biased completion changes; the better the completion predicts, the less variance is left. From rewards (N,) of the samples,
+    values (N, K) of the stored states' completions and `before` (S,). NaN where either is.
+    """
+    return (rewards.double()[:, None] - values.double()[:, before]).float()
+
+
 def discounted(rewards: Tensor, gamma: float) -> Tensor:
     """VGPO's value of a step (arXiv 2512.12387, Eq. 10), Q_s = R_s + γ·Q_{s+1}: (N, S) float32.
 
