@@ -17,7 +17,6 @@ from visalign.credit import (
     gains,
     gdpo_advantages,
     group_advantages,
-    noise_weights,
     per_step,
     residuals,
     spread,
@@ -327,10 +326,6 @@ def test_branch_cells_compare_one_step_of_one_path() -> None:
     rewards = torch.tensor([0.0, 1.0, 5.0, 6.0, 9.0, 9.0, NAN, 1.0])
     got = group_advantages(rewards, cells, std="group", epsilon=0.0)
     assert_close(got, torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
-
-
-def test_noise_weights() -> None:
-    assert_close(noise_weights(torch.tensor([0.1, 0.2, 0.6])), torch.tensor([1 / 3, 2 / 3, 2.0]))
 
 
 def test_extremes_keep_the_best_and_the_worst_of_each_group() -> None:

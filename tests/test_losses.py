@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from visalign.losses import clipped_policy, guard_log_ratio, path_kl, per_step_statistics, per_step_summary, velocity_kl
+from visalign.losses import clipped_policy, guard_log_ratio, noise_weights, path_kl, per_step_statistics, per_step_summary, velocity_kl
 from visalign.paths import Flow, gain
 from visalign.transitions import TRANSITIONS, kernel
 
@@ -193,3 +193,7 @@ def test_velocity_kl_has_an_explicit_weight_and_reaches_the_policy_only() -> Non
     assert prediction.grad is not None
     assert reference.grad is None
     assert velocity_kl(prediction.half(), reference.half()).dtype == torch.float32
+
+
+def test_noise_weights() -> None:
+    assert_close(noise_weights(torch.tensor([0.1, 0.2, 0.6])), torch.tensor([1 / 3, 2 / 3, 2.0]))

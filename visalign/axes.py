@@ -18,7 +18,7 @@ from visalign import schedules
 from visalign.branching import branch_cells, one_branch_rollout, pruned, pruned_depths, tree_rollout
 from visalign.config import CreditSection, ExplorationSection, RatioSection
 from visalign.errors import UserError
-from visalign.losses import Loss, clipped_policy, guard_log_ratio
+from visalign.losses import Loss, clipped_policy, guard_log_ratio, noise_weights
 from visalign.paths import Path, gain
 from visalign.policy import Policy
 from visalign.rollout import Condition, Minibatch, Prompts, Rollout, Trajectory
@@ -233,7 +233,7 @@ class Ratio:
             return None
         step = self.dynamics(self.path, now, after)
         if kind == "noise":
-            found = credits.noise_weights(step.std)
+            found = noise_weights(step.std)
         elif kind == "inverse_gap":
             found = 1 / (now - after)
         else:

@@ -134,19 +134,15 @@ def per_step(advantages: Tensor, steps: int) -> Tensor:
 def gains(values: Tensor, before: Tensor) -> Tensor:
     """DenseGRPO's reward of a step (arXiv 2601.20218), ΔR = R(state after) - R(state before): (N, S) float32.
 
-    From the rewards (N, K) of the stored states' completions and `before` (S,). Over consecutive steps they sum to R(last) - R(first). NaN
-    where either end is.
+    From rewards (N, K) of the stored states' completions and `before` (S,). Over consecutive steps they sum to R(last) - R(first).
     """
-    values = values.double()
-    return (values[:, before + 1] - values[:, before]).float()
+    return (values[:, before + 1].double() - values[:, before].double()).float()
 
 
 def residuals(rewards: Tensor, values: Tensor, before: Tensor) -> Tensor:
     """The terminal reward less what the state before a step promised, R - R(state before): (N, S) float32.
 
-    A baseline per step: it does not depend on the step's noise, so the expected gradient stays that of the terminal reward, which `gains`
-    with a biased completion changes; the better the completion predicts, the less variance is left. From rewards (N,) of the samples,
-    values (N, K) of the stored states' completions and `before` (S,). NaN where either is.
+    A baseline free of the step's noise: the expected gradient stays the terminal reward's, whatever the bias of the completions.
     """
     return (rewards.double()[:, None] - values.double()[:, before]).float()
 
@@ -240,11 +236,6 @@ def branch_cells(groups: Tensor, steps: Tensor, nodes: Tensor) -> Tensor:
     step's noise alone. Without shared initial noise every sample is a cell of its own, with nothing to be compared with.
     """
     return cast(Tensor, torch.unique(torch.stack([groups, steps, nodes], 1), dim=0, return_inverse=True)[1])  # pyright: ignore[reportUnknownMemberType]
-
-
-def noise_weights(std: Tensor) -> Tensor:
-    """TempFlow-GRPO's weight of a step (arXiv 2508.04324), its noise ς over the mean of the steps' (S,): (S,) float32 of mean 1."""
-    return (std.double() / std.double().mean()).float()
 
 
 def extremes(advantages: Tensor, groups: Tensor, best: int, worst: int) -> Tensor:

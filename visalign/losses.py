@@ -127,6 +127,11 @@ def per_step_summary(sums: Tensor) -> dict[str, Tensor]:
     }
 
 
+def noise_weights(std: Tensor) -> Tensor:
+    """TempFlow-GRPO's weight of a step (arXiv 2508.04324), its noise ς over the mean of the steps' (S,): (S,) float32 of mean 1."""
+    return (std.double() / std.double().mean()).float()
+
+
 def velocity_kl(prediction: Tensor, reference: Tensor, weight: Tensor | None = None) -> Tensor:
     """weight·mean(prediction - reference)² per sample, (N,): the penalty with an explicit weight (N,) instead of a schedule's accident.
 
