@@ -67,7 +67,6 @@ def test_after_the_spread_has_collapsed() -> None:
 
 def test_no_run_yet_and_the_plot(tmp_path: Path) -> None:
     assert "No run" in toybox_table.page([], 90.0)
-    pytest.importorskip("matplotlib")
     toybox_table.plot([run("toybox", seed, 0.6) for seed in range(2)], tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 1000
 

@@ -117,7 +117,7 @@ class ExplorationSection(Section):
 class TransitionSection(Section):
     kind: Literal["flow_sde", "dance_sde", "cps", "ddim", "dpm_sde"] = "flow_sde"
     level: Above = 0.7  # noise level: a, η of the transition
-    calibration: str | None = None  # a file written by `visalign calibrate`: the level of every step (DenseGRPO); null: `level` for all
+    calibration: str | None = None  # calibration.json of a DenseGRPO run: the level of every step; null: `level` for all
 
 
 class CreditSection(Section):
