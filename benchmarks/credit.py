@@ -129,8 +129,9 @@ def averaged(world: World, drawn: Rollout, extra: int, seed: int) -> Tensor:
 
 def transitions(drawn: Rollout) -> tuple[Minibatch, Tensor, Tensor]:
     """Every transition once, its group (B,), and its row and column (2, B)."""
-    place = drawn.trajectory.distinct().nonzero().T
-    return drawn.transitions(place[0], place[1]), drawn.prompts.groups[place[0]], place
+    columns, rows = drawn.trajectory.distinct().T.nonzero().unbind(1)  # siblings are neighbours, so a batch keeps this order
+    (batch,) = drawn.minibatches(rows, columns, len(rows), stacked=len(drawn.trajectory.before))
+    return batch, drawn.prompts.groups[rows], torch.stack([rows, columns])
 
 
 def sums(values: Tensor, cells: Tensor, count: int) -> Tensor:

@@ -61,18 +61,19 @@ def test_gain_and_tree_tell_more_of_the_truth_than_terminal_credit(name: str, gr
     assert dense["correlation"] > averaged["correlation"] + 0.3
     assert dense["nfe"] == pytest.approx(averaged["nfe"], rel=0.02)
     assert tree["correlation"] > terminal["correlation"] + 2 * math.hypot(tree["error"], terminal["error"])
-    assert tree["nfe"] < 0.6 * terminal["nfe"]
+    assert tree["nfe"] < 0.62 * terminal["nfe"]
     assert terminal["bias"] < 0.15 < dense["bias"]
 
 
 def test_cost_is_the_formula() -> None:
     world = World.of("gaussian")
+    chain = STEPS - 1 + 1 / 16  # a group shares its noise, and what the network says of it
     later = (STEPS - 1) * (STEPS - 2) / 2  # first steps reuse the rollout's predictions
     want = {
-        "terminal": (STEPS, 1),
-        "terminal, mean of 2": (STEPS + later, 1 + STEPS - 2),
-        "gain, n = 1": (STEPS, 1 + STEPS - 1 + 1 / 16),
-        "gain, n = t": (STEPS + later + (STEPS - 1) / 16, 1 + STEPS - 2 + 1 / 16),  # the noise that a group shares is completed once
+        "terminal": (chain, 1),
+        "terminal, mean of 2": (chain + later, 1 + STEPS - 2),
+        "gain, n = 1": (chain, 1 + STEPS - 1 + 1 / 16),
+        "gain, n = t": (chain + later + (STEPS - 1) / 16, 1 + STEPS - 2 + 1 / 16),  # that noise is completed once
         "tree": ((1 + 2 + 2 + 4 + 8 + 8 + 4 * 16) / 16, 1),
         "own_branch": ((STEPS - 1 + 4 * STEPS * (STEPS - 1) / 2) / (4 * (STEPS - 1)), 1),
     }

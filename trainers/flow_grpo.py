@@ -113,15 +113,23 @@ class FlowGRPO(Trainer):
     # --- loss ----------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Minibatch) -> Loss:
-        guidance = self.config.policy.guidance
-        law, prediction = transition(self.policy, batch.x, batch.sigma, batch.sigma_next, batch.condition, guidance, self.dynamics)
+        prediction = self.predict(batch)
+        law, _ = transition(
+            self.policy, batch.x, batch.sigma, batch.sigma_next, batch.condition, self.config.policy.guidance, self.dynamics, prediction
+        )
         loss = self.ratio.loss(batch, law, prediction)
         if not self.settings.kl:
             return loss
         with torch.no_grad(), self.policy.reference():
-            reference = self.policy.predict(batch.x, batch.sigma, batch.condition, guidance)
+            reference = self.predict(batch)
         kl = self.penalty(batch, prediction, reference).mean()
         return replace(loss, value=loss.value + self.settings.kl * kl, metrics=loss.metrics | {"kl": kl.detach()})
+
+    def predict(self, batch: Minibatch) -> Tensor:
+        """(B, ...) what the network says at the start of each transition: one forward for each state that transitions leave."""
+        first = batch.first
+        said = self.policy.predict(batch.x[first], batch.sigma[first], batch.condition.take(first), self.config.policy.guidance)
+        return said[batch.start]
 
     def penalty(self, batch: Minibatch, prediction: Tensor, reference: Tensor) -> Tensor:
         """(B,) distance of two predictions in the form that `kl_form` names."""

@@ -226,10 +226,9 @@ def _deviation(subject: Subject, stack: int) -> float:
     """Largest |ratio - 1| of a replay with `stack` timesteps a forward, no update in between."""
     trainer, rollout = subject.trainer, subject.rollout
     columns, rows = trainer.select(rollout, 1).T.nonzero().unbind(1)
-    size = trainer.settings.micro_batch * stack
     worst = torch.zeros((), device=trainer.device)
-    for row, column in zip(rows.split(size), columns.split(size), strict=True):
-        worst = torch.maximum(worst, trainer.loss(rollout.transitions(row, column)).metrics["ratio/max_deviation"])
+    for batch in rollout.minibatches(rows, columns, trainer.settings.micro_batch, stack):
+        worst = torch.maximum(worst, trainer.loss(batch).metrics["ratio/max_deviation"])
     return trainer.processes.max(worst).item()
 
 

@@ -5,7 +5,8 @@ Legend: N samples, U unique prompts, T steps, S ≤ T recorded steps, K stored s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -169,27 +170,50 @@ class Rollout:
     values: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict[str, float])
 
-    def transitions(self, rows: Tensor, columns: Tensor) -> Minibatch:
-        """The transitions (rows[b], columns[b]), any B of them."""
+    def minibatches(self, rows: Tensor, columns: Tensor, size: int, stacked: int = 1) -> Iterator[Minibatch]:
+        """The transitions (rows[b], columns[b]) by column and by the state they leave, in batches that leave `size` states of a column.
+
+        Transitions that leave one state stay together: it is replayed once. `stacked` columns share batches of `size`·`stacked` states.
+        """
+        trajectory, count = self.trajectory, len(self.prompts)
+        # Any: the stubs of `unique` and `tolist` have no types
+        keys: Any = columns * count + trajectory.owner()[rows, trajectory.before[columns]]
+        start: Tensor = keys.unique(return_inverse=True)[1]
+        order = start.argsort(stable=True)
+        first = start.bincount().cumsum(0).roll(1)
+        first[0] = 0
+        bounds: Any = torch.stack([first, columns[order[first]].div(stacked, rounding_mode="floor")])
+        edges, place = bounds.tolist()
+        edges.append(len(rows))
+        low = 0
+        while low < len(place):
+            high = min(low + size * stacked, bisect_right(place, place[low]))
+            piece = order[edges[low] : edges[high]]
+            yield self._minibatch(rows[piece], columns[piece], first[low:high] - edges[low], start[piece] - low)
+            low = high
+
+    def _minibatch(self, rows: Tensor, columns: Tensor, first: Tensor, start: Tensor) -> Minibatch:
         trajectory = self.trajectory
         assert self.advantages is not None, "credit comes before minibatches"
-        step, start = trajectory.steps[rows, columns], trajectory.before[columns]
+        step, before = trajectory.steps[rows, columns], trajectory.before[columns]
         return Minibatch(
-            x=trajectory.latents[rows, start],
-            x_next=trajectory.latents[rows, start + 1],
+            x=trajectory.latents[rows, before],
+            x_next=trajectory.latents[rows, before + 1],
             sigma=trajectory.sigmas[step],
             sigma_next=trajectory.sigmas[step + 1],
             step=step,
             log_prob=trajectory.log_probs[rows, columns],
             advantage=self.advantages[rows, columns],
             condition=self.condition.take(rows),
-            prediction=None if trajectory.predictions is None else trajectory.predictions[rows, start],
+            first=first,
+            start=start,
+            prediction=None if trajectory.predictions is None else trajectory.predictions[rows, before],
         )
 
 
 @dataclass(frozen=True)
-class Minibatch(Sliceable):
-    """B transitions, ready to be replayed.
+class Minibatch:
+    """B transitions that leave V ≤ B states, ready to be replayed with V forwards.
 
     Attributes:
         x, x_next: (B, ...) latents before and after the step.
@@ -198,6 +222,8 @@ class Minibatch(Sliceable):
         log_prob: (B,) float32, the rollout's.
         advantage: (B,) float32.
         condition: B rows.
+        first: (V,) int64, a transition that leaves each state.
+        start: (B,) int64 in [0, V), the state that each transition leaves.
         prediction: (B, ...) of the policy that drew them, where the rollout kept it.
     """
 
@@ -209,6 +235,8 @@ class Minibatch(Sliceable):
     log_prob: Tensor
     advantage: Tensor
     condition: Condition
+    first: Tensor
+    start: Tensor
     prediction: Tensor | None = None
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -121,10 +120,9 @@ def begin(
 ) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """Latents (N, ...) at the start of a step, numbers (N,) that are equal where latents are, that step, and the prediction (N, ...) there.
 
-    The first step, of which nothing is said; or, where N pictures share U initial noises, the first stochastic step j, up to which they are
-    computed once: j·U forwards. So is the prediction, in batches of the size in which the pictures are replayed, filled up with repeats: a
-    network's rounding may depend on the size of its batch, and the old log-probability must be the replay's to the bit. That costs U
-    forwards rounded up to whole batches; where this spares none, nothing is said. The T - j - 1 steps that are left cost N each.
+    The first step, of which nothing is said; or, where N pictures share U initial noises, the first stochastic step j, with (j + 1)·U
+    forwards instead of (j + 1)·N. The replay shares that state's forward too, in batches of the same size: a network's rounding may depend
+    on it, and the old log-probability must be the replay's to the bit.
     """
     noise_ids, origin = prompts.noise_ids.unique(return_inverse=True)
     count, unique = len(prompts), len(noise_ids)
@@ -137,10 +135,7 @@ def begin(
     if first:
         still = Walk(policy, sigmas, guidance, plan, None, lambda *_: x)
         x = torch.cat([still(x[r], condition.take(rows[r]), r, 0, first).final for r in torch.arange(unique).split(batch)])
-    filled = torch.arange(math.ceil(unique / batch) * batch) % unique
-    if len(filled) >= count:
-        return x[place], origin, first, None
-    said = predict_all(policy, x[filled], sigmas[first], condition.take(rows[filled]), guidance, batch)
+    said = predict_all(policy, x, sigmas[first], condition.take(rows), guidance, batch)
     return x[place], origin, first, said[place]
 
 

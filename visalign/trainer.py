@@ -60,7 +60,7 @@ class Trainer(ABC):
     class Config(Section):
         prompts: Positive = 12  # per step, over all processes; one step draws prompts × group_size pictures
         group_size: Positive = 8  # pictures per prompt
-        micro_batch: Positive = 48  # pictures per forward, in rollout and training alike (so that the ratio is exactly 1)
+        micro_batch: Positive = 48  # latents per forward, in rollout and training alike (so that the ratio is exactly 1)
         stacked_timesteps: Positive = 1  # timesteps of a micro-batch that share a forward
         updates: Positive = 1  # optimizer steps per rollout
 
@@ -141,7 +141,7 @@ class Trainer(ABC):
 
     def step(self, step: int) -> dict[str, float]:
         """One collection and its updates; the metrics of the step. Per picture `nfe` are the rollout's forwards, `nfe_credit` those of
-        completions, `nfe_train` those of the replay, and `nfe_backward` the transitions trained: each is one backward pass."""
+        completions, `nfe_train` those of the replay, and `nfe_backward` its backward passes: one for each state that transitions leave."""
         started, nfe = time.perf_counter(), self.policy.nfe
         torch.manual_seed(seed_for(self.config.run.seed, self.processes.rank, step))
         rollout = self.collect(self.draw(step), step)
@@ -168,7 +168,7 @@ class Trainer(ABC):
             group["lr"] = rate
         for number, batches in enumerate(self.minibatches(rollout, step)):
             metrics = self.update(batches)
-            trained += sum(map(len, batches))
+            trained += sum(len(batch.first) for batch in batches)
             if number:  # only before the first update does the ratio measure how exact the replay is
                 metrics.pop("ratio/max_deviation", None)
             for name, value in metrics.items():
@@ -221,11 +221,11 @@ class Trainer(ABC):
 
     def minibatches(self, rollout: Rollout, step: int) -> Iterator[list[Minibatch]]:
         """For each update the micro-batches it averages: the chosen transitions, timestep by timestep."""
-        size = self.settings.micro_batch * self.settings.stacked_timesteps
+        size, stacked = self.settings.micro_batch, self.settings.stacked_timesteps
         chosen = self.select(rollout, step).to(self.device)
         for share in torch.arange(len(rollout.prompts), device=self.device).chunk(self.settings.updates):
             columns, rows = chosen[share].T.nonzero().unbind(1)
-            yield [rollout.transitions(share[r], c) for r, c in zip(rows.split(size), columns.split(size), strict=True)]
+            yield list(rollout.minibatches(share[rows], columns, size, stacked))
 
     def learning_rate(self, step: int) -> float:
         """A function of the absolute step alone, so that a resumed run does not change course."""

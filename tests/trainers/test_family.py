@@ -10,10 +10,10 @@ from visalign import build, config
 
 CASES = {  # name -> (what differs, denoiser forwards a picture, of them in the rollout)
     "flow_grpo_fast": ([], 6.0),
-    "mix_grpo": (["exploration.finish=0.4"], 5.0),
-    "dance_grpo": ([], 6.0),
+    "mix_grpo": (["exploration.finish=0.4"], 4 + 1 / 8),
+    "dance_grpo": ([], 5 + 1 / 8),
     "branch_grpo": (["exploration.branches=[0,1,2]"], (1 + 2 + 4 + 8 * 3) / 8),
-    "dense_grpo": (["trainer.rounds=1"], 6.0),
+    "dense_grpo": (["trainer.rounds=1"], 5 + 1 / 8),
     "vgpo": ([], 6.0),
     "grpo_guard": ([], 6.0),
     "tempflow_grpo": (["trainer.group_size=8", "exploration.seeds=2", "exploration.range=[0,2]"], 5.0),
