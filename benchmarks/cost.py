@@ -139,7 +139,7 @@ def forward_table(found: dict[str, Any]) -> str:
         wanted = (expected.rollout, expected.credit, expected.replay)
         same = True
         for real, formula in zip(measured["counted"][:3], wanted, strict=True):
-            equal = abs(real - formula) < 1e-4
+            equal = abs(real - formula) < expected.tolerance
             same &= equal
             row.append(f"{real:.4g}" if equal else f"{real:.4g}, formula {formula:.4g}")
         rows.append([*row, "yes" if same else "**no**", expected.why, f"{measured['counted'][3]:.4g}"])
@@ -163,7 +163,7 @@ def page(found: dict[str, Any]) -> str:
     """The whole of cost.md."""
     machine = "{device}, {threads} threads, torch {torch}, commit {commit}.".format(**found)
     text = TEXT.format(machine=machine, **found, **found["weights"])
-    forwards = "Per picture. Credit counts completions beyond the rollout's own forwards; every replayed transition has one backward, too."
+    forwards = "Per picture. Credit counts completions beyond the rollout's own forwards; every replayed state has one backward, too."
     return "\n\n".join([text.strip(), cost_table(found), "## Forwards counted, and the formulas", forwards, forward_table(found)]) + "\n"
 
 

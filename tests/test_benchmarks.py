@@ -87,9 +87,10 @@ def test_what_a_run_has_measured_is_kept_without_what_json_cannot_hold() -> None
 
 def test_formulas_by_hand() -> None:
     assert (chain(10).rollout, chain(10).replay) == (10, 9)
-    assert (tree(20, (0, 3, 6, 9), 16).rollout, tree(20, (0, 3, 6, 9), 16).replay) == (203 / 16, 202 / 16)
-    assert tree(4, (0,), 2, stochastic=(0,)).replay == 1
-    assert (window(25, 7, 4, 16).rollout, window(25, 7, 4, 16, 0.4).rollout) == (7 / 16 + 18, 7 / 16 + 4 + 6)
+    assert (tree(20, (0, 3, 6, 9), 16).rollout, tree(20, (0, 3, 6, 9), 16).replay) == (203 / 16, 187 / 16)
+    assert tree(4, (0,), 2, stochastic=(0,)).replay == 1 / 2
+    assert (chain(10, group=5).rollout, window(25, 7, 4, 16).replay) == (9.2, 3 + 1 / 16)
+    assert (window(25, 7, 4, 16).rollout, window(25, 7, 4, 16, 0.4).rollout) == (8 / 16 + 17, 8 / 16 + 3 + 6)
     assert one_branch(4, (0, 1), 1).rollout == (2 + 3 + 2) / 2
     assert completed(chain(10), range(10), 10, 1).credit == 45
     assert completed(chain(10), range(10), 10, 16, last_known=True).credit == 36 + 9 / 16
@@ -105,7 +106,7 @@ def test_the_cost_page(tmp_path: Path) -> None:
     text = cost.page(records.read(tmp_path / "cost.json"))
     branch, mix = row_of(text, "BranchGRPO |"), row_of(text, "BranchGRPO-Mix |")
     assert branch[3] == "**0.50** (0.40 to 0.60)"
-    assert float(branch[4]) == pytest.approx((203 + 3 * 202) / 16 / (20 + 3 * 19), abs=0.005)
+    assert float(branch[4]) == pytest.approx((203 + 3 * 187) / 16 / (19 + 1 / 16 + 3 * (18 + 1 / 16)), abs=0.005)
     assert branch[-1] == "seconds yes, NFE yes"
     assert mix[-1].startswith("seconds no"), "0.5 is more than the 0.3 that is wanted"
     forwards = text.partition("## Forwards")[2]

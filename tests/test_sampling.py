@@ -90,6 +90,21 @@ def test_a_group_shares_its_first_draw_and_replays_to_the_bit(start: int, size: 
         assert torch.equal(batch.x[first][batch.start], batch.x)
 
 
+def test_half_precision_replays_a_choice_in_the_shape_of_the_rollout() -> None:
+    policy, plan, dynamics, count, size = Shaped(Toy("mixture", STEPS)), span(STEPS, 1, 2), Dynamics("flow_sde", 0.7), 7, 4
+    given = Prompts.of(["a"] * count)
+    condition = policy.family.encode(given.texts)
+    drawn = rollout(policy, given, condition, steps=STEPS, seed=0, batch=size, plan=plan, dynamics=dynamics, keep_predictions=True)
+    collected = Rollout(given, condition, drawn, drawn.final, advantages=torch.zeros(count, 2))
+    columns, rows = torch.tensor([[1, 0, 1], [0, 1, 0]]).nonzero().unbind(1)
+    for batch in collected.minibatches(rows, columns, size, whole=True):
+        first = batch.first
+        said = policy.predict(batch.x[first], batch.sigma[first], batch.condition.take(first))[batch.start]
+        assert batch.prediction is not None
+        assert torch.equal(said, batch.prediction)
+        assert len(first) == size
+
+
 def test_a_tree_is_for_another_function() -> None:
     with pytest.raises(ValueError, match="tree_rollout"):
         draw(Policy(Toy("gaussian", STEPS)), tree(STEPS, (0,)))

@@ -62,6 +62,15 @@ class Exploration:
         half = max(self.section.size, self.steps // 2)
         return self.section.range or (0, self.steps - 1 if travels else half)
 
+    @property
+    def smallest_group(self) -> int:
+        """Members of the smallest group that fits and whose members can be compared."""
+        if self.section.kind == "tree":
+            return self.plan(1).leaves
+        if self.section.kind == "one_branch":
+            return 2 * self.section.seeds * len(range(*self.span()))
+        return 2
+
     def rollout(
         self,
         policy: Policy,

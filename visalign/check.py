@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visalign import build, sampling
+from visalign import build, registry, sampling
+from visalign.axes import Exploration
 from visalign.config import Config
 from visalign.noise import gaussian
 from visalign.policy import Policy
@@ -59,9 +60,11 @@ def run(recipe: Config) -> Iterator[Finding]:
 
 
 def small(config: Config, folder: Path) -> Config:
-    """The recipe with the least geometry that still has groups: one prompt per process, groups of two."""
+    """The recipe with the least geometry that still has groups: one prompt per process, the smallest group that fits its exploration."""
+    whole = build.completed(config, registry.load("trainers", config.trainer.name).defaults)
+    group = Exploration(whole.exploration, whole.policy.steps, config.run.seed).smallest_group
     world = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch and torchrun
-    options = config.trainer.options | {"prompts": world, "group_size": 2, "micro_batch": 2, "updates": 1}
+    options = config.trainer.options | {"prompts": world, "group_size": group, "micro_batch": 2, "updates": 1}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"path": folder, "resume": "never"}),
@@ -225,7 +228,7 @@ def _advantages(rollout: Rollout) -> Tensor:
 def _deviation(subject: Subject, stack: int) -> float:
     """Largest |ratio - 1| of a replay with `stack` timesteps a forward, no update in between."""
     trainer, rollout = subject.trainer, subject.rollout
-    columns, rows = trainer.select(rollout, 1).T.nonzero().unbind(1)
+    columns, rows = rollout.trajectory.distinct().T.nonzero().unbind(1)
     worst = torch.zeros((), device=trainer.device)
     for batch in rollout.minibatches(rows, columns, trainer.settings.micro_batch, stack):
         worst = torch.maximum(worst, trainer.loss(batch).metrics["ratio/max_deviation"])

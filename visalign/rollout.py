@@ -170,14 +170,16 @@ class Rollout:
     values: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict[str, float])
 
-    def minibatches(self, rows: Tensor, columns: Tensor, size: int, stacked: int = 1) -> Iterator[Minibatch]:
+    def minibatches(self, rows: Tensor, columns: Tensor, size: int, stacked: int = 1, whole: bool = False) -> Iterator[Minibatch]:
         """The transitions (rows[b], columns[b]) by column and by the state they leave, in batches that leave `size` states of a column.
 
         Transitions that leave one state stay together: it is replayed once. `stacked` columns share batches of `size`·`stacked` states.
+        `whole` fills a batch up with repeats to what the rollout had there where not all of a column's states are left: in half precision
+        the rounding of another batch shape would be as large as a clip range.
         """
-        trajectory, count = self.trajectory, len(self.prompts)
+        count, owner = len(self.prompts), self.trajectory.owner()[:, self.trajectory.before]
         # Any: the stubs of `unique` and `tolist` have no types
-        keys: Any = columns * count + trajectory.owner()[rows, trajectory.before[columns]]
+        keys: Any = columns * count + owner[rows, columns]
         start: Tensor = keys.unique(return_inverse=True)[1]
         order = start.argsort(stable=True)
         first = start.bincount().cumsum(0).roll(1)
@@ -185,11 +187,14 @@ class Rollout:
         bounds: Any = torch.stack([first, columns[order[first]].div(stacked, rounding_mode="floor")])
         edges, place = bounds.tolist()
         edges.append(len(rows))
+        drawn: Any = (owner == torch.arange(count, device=owner.device)[:, None]).sum(0)
+        shape = {c: min(size, n) for c, n in enumerate(drawn.tolist()) if n != place.count(c)} if whole and stacked == 1 else {}
         low = 0
         while low < len(place):
             high = min(low + size * stacked, bisect_right(place, place[low]))
             piece = order[edges[low] : edges[high]]
-            yield self._minibatch(rows[piece], columns[piece], first[low:high] - edges[low], start[piece] - low)
+            leaving = torch.arange(max(high - low, shape.get(place[low], 0)), device=first.device) % (high - low)
+            yield self._minibatch(rows[piece], columns[piece], first[low:high][leaving] - edges[low], start[piece] - low)
             low = high
 
     def _minibatch(self, rows: Tensor, columns: Tensor, first: Tensor, start: Tensor) -> Minibatch:
@@ -222,7 +227,7 @@ class Minibatch:
         log_prob: (B,) float32, the rollout's.
         advantage: (B,) float32.
         condition: B rows.
-        first: (V,) int64, a transition that leaves each state.
+        first: (V,) int64, a transition that leaves each state; repeats at the end only make up the rollout's batch shape.
         start: (B,) int64 in [0, V), the state that each transition leaves.
         prediction: (B, ...) of the policy that drew them, where the rollout kept it.
     """

@@ -221,11 +221,11 @@ class Trainer(ABC):
 
     def minibatches(self, rollout: Rollout, step: int) -> Iterator[list[Minibatch]]:
         """For each update the micro-batches it averages: the chosen transitions, timestep by timestep."""
-        size, stacked = self.settings.micro_batch, self.settings.stacked_timesteps
+        shape = self.settings.micro_batch, self.settings.stacked_timesteps, self.policy.precision != "fp32"
         chosen = self.select(rollout, step).to(self.device)
         for share in torch.arange(len(rollout.prompts), device=self.device).chunk(self.settings.updates):
             columns, rows = chosen[share].T.nonzero().unbind(1)
-            yield list(rollout.minibatches(share[rows], columns, size, stacked))
+            yield list(rollout.minibatches(share[rows], columns, *shape))
 
     def learning_rate(self, step: int) -> float:
         """A function of the absolute step alone, so that a resumed run does not change course."""
