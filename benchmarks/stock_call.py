@@ -17,7 +17,7 @@ from visalign.noise import gaussian
 from visalign.sampling import pictures
 from visalign.scoring import RewardInput
 
-PROMPTS, CALLS = 128, [(5, 1.0), (8, 1.0), (8, 3.0)]  # steps and guidance
+PROMPTS, CALLS = 430, [(5, 1.0), (8, 1.0), (8, 3.0)]  # steps and guidance
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ class Ledger:
     Attributes:
         seconds: of steps.
         forwards: of the denoiser, for one latent each: of rollouts, of completions for credit, and of replays.
-        backwards: transitions trained.
+        backwards: of the denoiser, in replays.
         scored: pictures that the reward looked at.
     """
 

@@ -20,7 +20,7 @@ from visalign.rollout import Condition, Prompts, Rollout
 from visalign.scoring import RewardInput
 from visalign.trainer import Trainer
 
-STOCK_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2, "fp16": 1e-2}  # pictures are in [0, 1]; a half-precision pipeline rounds its latents too
+STOCK_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}  # pictures are in [0, 1]; in half precision of the mean, as edges move
 REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}  # with several timesteps in one forward; at the rollout's shape it is 0
 
 
@@ -111,7 +111,10 @@ def stock(subject: Subject) -> str:
     except NotImplementedError as reason:
         return f"skipped: {reason}"
     limit = max(STOCK_TOLERANCE[section.precision], STOCK_TOLERANCE[section.dtype])
-    return _within("max |Δ|", (ours - theirs.to(ours)).abs().max().item(), limit)
+    difference = (ours - theirs.to(ours)).abs()
+    if limit > STOCK_TOLERANCE["fp32"]:
+        return _within("mean |Δ|", difference.mean().item(), limit)
+    return _within("max |Δ|", difference.max().item(), limit)
 
 
 def ratio(subject: Subject) -> str:
