@@ -17,3 +17,15 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "sd3"
     assemble(small_vae()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved vision-language model of the toybox's classes, untrained."""
+    from visalign.toybox.build_vlm import Size, processor, small_vlm
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "vlm"
+    small_vlm(Size(32, 1, 2, 32, 2, 1, 1)).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder

@@ -24,7 +24,19 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
-ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
+ACTING = {
+    "policy",
+    "sampling",
+    "solvers",
+    "branching",
+    "scoring",
+    "features",
+    "preprocess",
+    "judges",
+    "judge_client",
+    "monitors",
+    "pictures",
+}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts"}
 DOORS = {"train", "cli", "api", "demo"}
@@ -36,7 +48,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
     "rewards": {"scoring", "features", "preprocess", "judges", "toybox"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
-    "toybox": {"scoring", "toybox", "schedules"},
+    "toybox": {"scoring", "toybox", "schedules", "judges"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,
 }
 GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "doors": DOORS}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visalign.errors import UserError
-from visalign.preprocess import Aspect, Preprocess
+from visalign.preprocess import Aspect, Preprocess, of_processor
 
 OPEN_CLIP_ASPECTS: dict[str, Aspect] = {"shortest": "crop", "longest": "letterbox", "squash": "stretch"}
 CACHED_TEXTS = 16384  # at most; the oldest leave first
@@ -141,16 +141,7 @@ class TransformersEncoder(DualEncoder):
             raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
         official = AutoImageProcessor.from_pretrained(processor)
-        crops = bool(getattr(official, "do_center_crop", False))
-        size = official.crop_size if crops else official.size
-        preprocess = Preprocess(
-            size=(size["height"], size["width"]),
-            mean=tuple(official.image_mean),
-            std=tuple(official.image_std),
-            interpolation={2: "bilinear", 3: "bicubic"}[int(official.resample)],
-            aspect="crop" if crops else "stretch",
-            rounds=False,
-        )
+        preprocess = of_processor(official)
         super().__init__(model, name, preprocess, model.config.text_config.max_position_embeddings)
 
     def _image_features(self, pixels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Differentiable, so that scores carry gradients to pictures, and equal to a check
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,3 +76,21 @@ def checked_aspect(aspect: Aspect | None) -> Aspect | None:
     if aspect is not None and aspect not in get_args(Aspect):
         raise UserError(f"aspect {aspect!r} is not one of {', '.join(get_args(Aspect))}")
     return aspect
+
+
+def of_processor(processor: Any) -> Preprocess:
+    """What a picture processor of transformers does that scales to one fixed size, crops or not, and normalises.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it does something else.
+    """
+    crops = bool(getattr(processor, "do_center_crop", False))
+    size = processor.crop_size if crops else processor.size
+    return Preprocess(
+        size=(size["height"], size["width"]),
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        interpolation={2: "bilinear", 3: "bicubic"}[int(processor.resample)],
+        aspect="crop" if crops else "stretch",
+        rounds=False,
+    )
