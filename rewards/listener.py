@@ -8,6 +8,7 @@ format has no meaning without training the judge, and a later version of the pap
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class Listener(Reward):
     """(P_judge(yes | x, c, reasons) + P_listener(yes | x, c, reasons)) / 2, in [0, 1].
 
     Args:
-        checkpoint, url: the judge, which says what is wrong before it answers; see `visalign.judges.load_judge`.
-        listener, listener_url: the one that reads its reasons and answers the same question. The same model makes a poor listener.
+        checkpoint, server: the judge, which says what is wrong before it answers; see `visalign.judges.load_judge`.
+        listener, listener_server: the one that reads its reasons and answers the same question. The same model makes a poor listener.
         task: what to look at, as in `vlm_yes`.
         batch: questions per forward.
 
@@ -40,13 +41,13 @@ class Listener(Reward):
         self,
         checkpoint: str = spec.model_id,
         listener: str = "Qwen/Qwen3-VL-8B-Instruct",
-        url: str | None = None,
-        listener_url: str | None = None,
+        server: str | dict[str, Any] | None = None,
+        listener_server: str | dict[str, Any] | None = None,
         task: str = "alignment",
         batch: int = 16,
     ):
-        self.judge: Judge = load_judge(checkpoint, url, batch)
-        self.listener: Judge = load_judge(listener, listener_url, batch)
+        self.judge: Judge = load_judge(checkpoint, server, batch)
+        self.listener: Judge = load_judge(listener, listener_server, batch)
         self.task = task
         self.spec = replace(self.spec, model_id=f"{self.judge.name}, {self.listener.name}")
 

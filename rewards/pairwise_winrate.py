@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class PairwiseWinRate(Reward):
     """r_i = mean over j ≠ i of win_ij, with win_ij + win_ji = 1, in [0, 1] (arXiv 2508.20751, equation 4).
 
     Args:
-        checkpoint, url, batch: see `visalign.judges.load_judge`. A group of G costs G (G - 1) questions.
+        checkpoint, server, batch: see `visalign.judges.load_judge`. A group of G costs G (G - 1) questions.
         task: what to look at, as in `vlm_yes`.
         verdict: "soft" takes the probability of winning, "hard" 1, 0, or a half when the two orders contradict each other.
 
@@ -47,12 +47,12 @@ class PairwiseWinRate(Reward):
     def __init__(
         self,
         checkpoint: str = spec.model_id,
-        url: str | None = None,
+        server: str | dict[str, Any] | None = None,
         task: str = "alignment",
         verdict: Literal["soft", "hard"] = "soft",
         batch: int = 16,
     ):
-        self.judge: Judge = load_judge(checkpoint, url, batch)
+        self.judge: Judge = load_judge(checkpoint, server, batch)
         self.task, self.verdict = task, verdict
         self.spec = replace(self.spec, model_id=self.judge.name)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class PromptEcho(Reward):
     """r(x, c) = mean over tokens of log P(c_t | x, q, c_<t), in nats (arXiv 2604.12652).
 
     Args:
-        checkpoint, url, batch: see `visalign.judges.load_judge`; a server must be a vLLM that sends `prompt_logprobs`.
+        checkpoint, server, batch: see `visalign.judges.load_judge`; a server must be a vLLM that sends `prompt_logprobs`.
         query: q, what the prompt answers.
         control: subtract the same mean for a plain grey picture. It is the same for all pictures of a prompt.
 
@@ -37,9 +38,14 @@ class PromptEcho(Reward):
     )
 
     def __init__(
-        self, checkpoint: str = spec.model_id, url: str | None = None, query: str = CAPTION, control: bool = False, batch: int = 16
+        self,
+        checkpoint: str = spec.model_id,
+        server: str | dict[str, Any] | None = None,
+        query: str = CAPTION,
+        control: bool = False,
+        batch: int = 16,
     ):
-        self.judge: Judge = load_judge(checkpoint, url, batch)
+        self.judge: Judge = load_judge(checkpoint, server, batch)
         self.query, self.control = query, control
         limits = (-math.inf, math.inf) if control else (-math.inf, 0.0)
         self.spec = replace(self.spec, range=limits, differentiable=self.judge.differentiable, model_id=self.judge.name)

@@ -8,7 +8,7 @@ four (Wu et al. 2024, arXiv 2404.15100).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,7 +30,7 @@ class VlmRating(Reward):
     """Σ_k k · P(k) over k = 1 … 5, scaled to [0, 1] as (r - 1) / 4, averaged over aspects.
 
     Args:
-        checkpoint, url, batch: see `visalign.judges.load_judge`.
+        checkpoint, server, batch: see `visalign.judges.load_judge`.
         aspects: of VisionPrefer's four; each is a question of its own.
 
     Components, each (N,): every aspect's rating from 1 to 5. `uncertainty` (N,) is the std of the distribution over numbers, averaged over
@@ -45,9 +45,13 @@ class VlmRating(Reward):
     )
 
     def __init__(
-        self, checkpoint: str = spec.model_id, url: str | None = None, aspects: tuple[Aspect, ...] = ("prompt_following",), batch: int = 16
+        self,
+        checkpoint: str = spec.model_id,
+        server: str | dict[str, Any] | None = None,
+        aspects: tuple[Aspect, ...] = ("prompt_following",),
+        batch: int = 16,
     ):
-        self.judge: Judge = load_judge(checkpoint, url, batch)
+        self.judge: Judge = load_judge(checkpoint, server, batch)
         self.aspects = aspects
         self.spec = replace(self.spec, differentiable=self.judge.differentiable, model_id=self.judge.name)
 

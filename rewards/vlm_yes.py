@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class VlmYes(Reward):
     picture is better (arXiv 2509.08826, equation 2), or with `swap` (P(yes | r̃, x, c) + 1 - P(yes | x, r̃, c)) / 2.
 
     Args:
-        checkpoint: see `visalign.judges.load_judge`; with `url`, the name under which the server has the model, or "auto".
-        url: of an OpenAI-compatible server.
+        checkpoint, server: see `visalign.judges.load_judge`.
         mode: "point", or "pair": against the first of `references`, which the batch must have.
         task: what to look at: "alignment", "quality", "style", "text", a sentence of one's own, or "".
         form: "probability" in [0, 1], or "log_odds".
@@ -49,7 +48,7 @@ class VlmYes(Reward):
     def __init__(
         self,
         checkpoint: str = spec.model_id,
-        url: str | None = None,
+        server: str | dict[str, Any] | None = None,
         mode: Literal["point", "pair"] = "point",
         task: str = "alignment",
         form: Literal["probability", "log_odds"] = "probability",
@@ -59,7 +58,7 @@ class VlmYes(Reward):
     ):
         if mode == "pair" and reason:
             raise UserError("vlm_yes: reason=true is for mode=point; a comparison is decided before it is explained")
-        self.judge: Judge = load_judge(checkpoint, url, batch)
+        self.judge: Judge = load_judge(checkpoint, server, batch)
         self.mode, self.task, self.form, self.swap, self.reason = mode, task, form, swap, reason
         needs = self.spec.needs | ({"references"} if mode == "pair" else set())
         limits = (0.0, 1.0) if form == "probability" else (-math.inf, math.inf)

@@ -42,12 +42,12 @@ def _question(messages: list[dict[str, Any]]) -> Question:
     return Question(images, text, messages[1]["content"] if len(messages) > 1 else "")
 
 
-def _reply(judge: LocalJudge, body: dict[str, Any]) -> dict[str, Any]:
+def _reply(judge: LocalJudge, body: dict[str, Any], everything: bool) -> dict[str, Any]:
     question = _question(body["messages"])
     name = lambda n: judge.tokenizer.decode([n])  # noqa: E731
     choice: dict[str, Any] = {"message": {"role": "assistant", "content": judge.write([question], body["max_tokens"])[0]}}
     if body.get("logprobs"):
-        values, ids = judge._logits([question], 1)[0, -1].log_softmax(-1).topk(body["top_logprobs"])
+        values, ids = judge._logits([question], 1)[0, -1].log_softmax(-1).topk(len(judge.tokenizer) if everything else body["top_logprobs"])
         listed = [{"token": name(n), "logprob": v} for v, n in zip(values.tolist(), ids.tolist(), strict=True)]
         choice["logprobs"] = {"content": [listed[0] | {"top_logprobs": listed}]}
     reply: dict[str, Any] = {"choices": [choice]}
@@ -61,9 +61,9 @@ def _reply(judge: LocalJudge, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(judge: LocalJudge, slow: float = 2.0) -> Iterator[JudgeServer]:
-    """The server, until the block ends."""
-    lock = threading.Lock()
+def serving(judge: LocalJudge, slow: float = 2.0, everything: bool = False) -> Iterator[JudgeServer]:
+    """The server, until the block ends; with `everything` it lists all tokens, however few are asked for."""
+    lock, stopped = threading.Lock(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -81,6 +81,9 @@ def serving(judge: LocalJudge, slow: float = 2.0) -> Iterator[JudgeServer]:
             self.send(200, json.dumps({"data": [{"id": "tiny"}]}).encode())
 
         def do_POST(self) -> None:
+            if stopped.is_set():  # the process is gone, and with it connections that were kept open
+                self.close_connection = True
+                return
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 state.requests += 1
@@ -93,7 +96,7 @@ def serving(judge: LocalJudge, slow: float = 2.0) -> Iterator[JudgeServer]:
                 if manner == "slow":
                     time.sleep(slow)
                 with lock:
-                    found = json.dumps(_reply(judge, body)).encode()
+                    found = json.dumps(_reply(judge, body, everything)).encode()
                 with suppress(OSError):  # the client may have gone
                     self.send(200, found)
 
@@ -105,5 +108,6 @@ def serving(judge: LocalJudge, slow: float = 2.0) -> Iterator[JudgeServer]:
     try:
         yield state
     finally:
+        stopped.set()
         server.shutdown()
         server.server_close()

@@ -6,7 +6,6 @@ An untrained model may rank yes and no anywhere: the tests ask for all tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,8 @@ from visalign.judges import CAPTION, POINT, LocalJudge, Question, fill, load_jud
 
 
 @pytest.fixture(scope="module")
-def local(tiny_vlm: Path) -> LocalJudge:
-    found = load_judge(str(tiny_vlm))
+def local(tiny_vlm: str) -> LocalJudge:
+    found = load_judge(tiny_vlm)
     assert isinstance(found, LocalJudge)
     return found
 

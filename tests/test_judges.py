@@ -13,8 +13,8 @@ from visalign.judges import CAPTION, PAIR, POINT, REASON, LocalJudge, Question, 
 
 
 @pytest.fixture(scope="module")
-def judge(tiny_vlm: Path) -> LocalJudge:
-    found = load_judge(str(tiny_vlm), batch=2)
+def judge(tiny_vlm: str) -> LocalJudge:
+    found = load_judge(tiny_vlm, batch=2)
     assert isinstance(found, LocalJudge)
     return found
 
@@ -102,3 +102,8 @@ def test_what_is_no_judge_is_refused(tmp_path: Path) -> None:
 )
 def test_before_verdict(said: str, kept: str) -> None:
     assert before_verdict(said) == kept
+
+
+def test_wrong_options_of_a_server() -> None:
+    with pytest.raises(UserError, match="unexpected keyword argument 'tiemout'"):
+        load_judge("auto", {"url": "http://localhost:1/v1", "tiemout": 3})

@@ -75,22 +75,27 @@ class Judge(ABC):
         """What the judge answers, at most so many tokens, without sampling; None where it failed."""
 
 
-def load_judge(checkpoint: str, url: str | None = None, batch: int = 16, **client: Any) -> Judge:
+def load_judge(checkpoint: str, server: str | dict[str, Any] | None = None, batch: int = 16) -> Judge:
     """A judge in this process, or the one that a server has.
 
     Args:
-        checkpoint: `toybox` or `toybox/vlm`; a folder or hub id that `AutoModelForImageTextToText` loads; with `url`, the served name.
-        url: of an OpenAI-compatible server, such as http://localhost:8000/v1; None runs the model here.
+        checkpoint: `toybox` or `toybox/vlm`; a folder or hub id that `AutoModelForImageTextToText` loads; with `server`, the name under
+            which it has the model, or "auto" for the only one there is.
+        server: address of an OpenAI-compatible server, such as http://localhost:8000/v1, or {url: …, key: …, timeout: …}: the options of
+            `visalign.judge_client.ServerJudge`. None runs the model here.
         batch: questions per forward.
-        client: options of `visalign.judge_client.ServerJudge`.
 
     Raises:
         UserError: no such model, or no such server.
     """
-    if url is not None:
+    if server is not None:
         from visalign.judge_client import ServerJudge
 
-        return ServerJudge(url, checkpoint, **client)
+        options = {"url": server} if isinstance(server, str) else dict(server)
+        try:
+            return ServerJudge(model=checkpoint, **options)
+        except TypeError as error:
+            raise UserError(f"server {options}: {str(error).removeprefix('ServerJudge.__init__() ')}; it needs url") from None
     name = locate(checkpoint, "vlm")
     judge = _loaded.get((name, batch))
     if judge is None:
@@ -100,7 +105,7 @@ def load_judge(checkpoint: str, url: str | None = None, batch: int = 16, **clien
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
                 f"checkpoint {checkpoint!r} cannot be loaded as a vision-language model: {reason}; give a folder or hub id of an "
-                "image-text-to-text model, toybox, or the url of a server"
+                "image-text-to-text model, toybox, or name a server"
             ) from None
         _loaded[(name, batch)] = judge
     return judge

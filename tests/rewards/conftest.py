@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tests.conftest import save_tiny_vlm
 from visalign import registry
 from visalign.features import locate
 from visalign.scoring import Reward, RewardInput
@@ -70,6 +71,11 @@ def _geneval(folder: Path) -> Reward:
 FACTORIES: dict[str, Callable[[Path], Reward]] = {
     "clip_score": lambda folder: _class("clip_score")(checkpoint="toybox"),
     "geneval": _geneval,
+    "listener": lambda folder: _class("listener")(checkpoint=save_tiny_vlm(folder), listener=str(folder)),
+    "pairwise_winrate": lambda folder: _class("pairwise_winrate")(checkpoint=save_tiny_vlm(folder)),
+    "prompt_echo": lambda folder: _class("prompt_echo")(checkpoint=save_tiny_vlm(folder)),
+    "vlm_rating": lambda folder: _class("vlm_rating")(checkpoint=save_tiny_vlm(folder)),
+    "vlm_yes": lambda folder: _class("vlm_yes")(checkpoint=save_tiny_vlm(folder)),
     "pickscore": lambda folder: _class("pickscore")(checkpoint=tiny_clip(folder)),
 }
 
