@@ -19,22 +19,35 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from benchmarks import records, toybox_table
 from benchmarks.machine import describe
 from visalign import build, config, registry
 from visalign.config import Config
 from visalign.evaluation import evaluate
+from visalign.pictures import before_after
+from visalign.sampling import pictures
 from visalign.trainer import NonFiniteError, Trainer
 
 FOLDER = records.RESULTS / "toybox"
 LEFT_OUT = ("toybox_full",)  # the default job, longer
-SETTINGS = ("policy", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # what of a recipe is kept with its run
+SETTINGS = (
+    "policy",
+    "trainer",
+    "exploration",
+    "transition",
+    "credit",
+    "ratio",
+    "optimizer",
+    "rewards",
+)  # what of a recipe is kept with its run
 
 
 def names() -> list[str]:
@@ -42,9 +55,9 @@ def names() -> list[str]:
     return [name for name in config.packaged() if re.match(r"toybox(_|$)", name) and name not in LEFT_OUT]
 
 
-def load(name: str, seed: int) -> Config:
+def load(name: str, seed: int, overrides: Mapping[str, Any] | None = None) -> Config:
     """A recipe with its algorithm's defaults."""
-    recipe = config.load(name, {"run.seed": seed, "run.resume": "never", "eval.scan": []})
+    recipe = config.load(name, {"run.seed": seed, "run.resume": "never", "eval.scan": [], **(overrides or {})})
     return build.completed(recipe, registry.load("trainers", recipe.trainer.name).defaults)
 
 
@@ -170,19 +183,48 @@ def columns(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
     return {key: [None if v is None or v != v else records.rounded(v) for v in column] for key, column in values.items()}
 
 
-def run(name: str, seed: int, seconds: float, evaluations: int, folder: Path = FOLDER) -> dict[str, Any]:
-    """Train one recipe with one seed, and write it down."""
-    recipe = load(name, seed)
+def portrait(trainer: Trainer) -> Tensor:
+    """(8, 3, H, W): the averaged weights' pictures of the first test prompts."""
+    section, policy = trainer.config.eval, trainer.config.policy
+    with trainer.average.weights() if trainer.average else nullcontext():
+        prompts = trainer.examiner.prompts.take(slice(0, 8))
+        return pictures(trainer.policy, prompts, steps=section.steps or policy.steps, seed=0, batch=8, guidance=policy.guidance)
+
+
+def run(
+    name: str,
+    seed: int,
+    seconds: float,
+    evaluations: int,
+    folder: Path = FOLDER,
+    *,
+    alias: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    picture: Path | None = None,
+) -> dict[str, Any]:
+    """Train one recipe with one seed, and write it down.
+
+    Args:
+        alias: what the run is called; None: as its recipe.
+        overrides: of the recipe.
+        picture: where pictures of before and after go.
+    """
+    recipe = load(name, seed, overrides)
     with tempfile.TemporaryDirectory() as scratch:
         place = lambda part: {"run": recipe.run.model_copy(update={"path": Path(scratch) / part})}  # noqa: E731
         pilot = build.trainer(recipe.model_copy(update=place("pilot")))
         before = base(pilot, folder)
         step_seconds = pace(pilot, seconds)
-        found = train(build.trainer(recipe.model_copy(update=place("run"))), seconds, step_seconds, before, evaluations)
+        trainer = build.trainer(recipe.model_copy(update=place("run")))
+        first = portrait(trainer) if picture else None
+        found = train(trainer, seconds, step_seconds, before, evaluations)
+    if picture and first is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        before_after(first, portrait(trainer), trainer.examiner.prompts.texts[:8]).save(picture)
     settings = recipe.model_dump(mode="json", include=set(SETTINGS))
-    head = {"name": Path(name).stem, "seed": seed, "seconds": seconds, "recipe": fingerprint(recipe, seconds)}
+    head = {"name": alias or Path(name).stem, "seed": seed, "seconds": seconds, "recipe": fingerprint(recipe, seconds)}
     record = head | {"pictures": recipe.eval.images} | describe() | found | {"settings": settings}
-    records.write(file_of(name, seed, folder), record)
+    records.write(file_of(alias or name, seed, folder), record)
     return record
 
 
@@ -190,10 +232,12 @@ def file_of(name: str, seed: int, folder: Path = FOLDER) -> Path:
     return folder / f"{Path(name).stem}-{seed}.json"
 
 
-def done(name: str, seed: int, seconds: float, folder: Path = FOLDER) -> bool:
+def done(
+    name: str, seed: int, seconds: float, folder: Path = FOLDER, alias: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> bool:
     """Whether this run is written down already."""
-    file = file_of(name, seed, folder)
-    return file.exists() and records.read(file)["recipe"] == fingerprint(load(name, seed), seconds)
+    file = file_of(alias or name, seed, folder)
+    return file.exists() and records.read(file)["recipe"] == fingerprint(load(name, seed, overrides), seconds)
 
 
 def main() -> None:

@@ -38,7 +38,9 @@ class Claim:
     judge: str = "strict"
 
 
-FLOW, DANCE = "toybox", "toybox_dance_grpo"
+FLOW, DANCE, DENSE, LONG = "toybox", "toybox_dance_grpo", "toybox_dense_grpo", "dense_grpo_long"
+COLLAPSES = ((FLOW, "toybox_vgpo"), ("strict_flow_grpo", "strict_vgpo"))  # (Flow-GRPO, VGPO) with the same reward
+APART = (LONG, *COLLAPSES[1])  # runs that answer one question only, with another time or another reward
 CLAIMS = {
     "toybox": Claim("Flow-GRPO: GenEval 0.63 → 0.95"),
     "toybox_dance_grpo": Claim("HPSv2.1 0.31 → 0.36 on FLUX in 300 iterations"),
@@ -147,23 +149,26 @@ def confirmation(runs: Sequence[Run]) -> str:
     return markdown(["algorithm", "new seeds", "strict", "second judge"], rows)
 
 
-def pairs(runs: Sequence[Run], name: str) -> list[tuple[Run, Run]]:
+def pairs(runs: Sequence[Run], name: str, flow: str = FLOW) -> list[tuple[Run, Run]]:
     """(Flow-GRPO, the other) for every seed that both have."""
     others = {run["seed"]: run for run in runs if run["name"] == name}
-    return [(run, others[run["seed"]]) for run in runs if run["name"] == FLOW and run["seed"] in others]
+    return [(run, others[run["seed"]]) for run in runs if run["name"] == flow and run["seed"] in others]
 
 
 def dense_table(runs: Sequence[Run]) -> str:
-    """Steps that DenseGRPO needs for Flow-GRPO's final accuracy, between its evaluations by straight lines."""
+    """Steps that DenseGRPO needs for the final accuracy of terminal credit, between its evaluations by straight lines."""
     rows: list[list[str]] = []
-    for flow, dense in pairs(runs, "toybox_dense_grpo"):
-        for judge in ("strict", "second_judge"):
-            goal, start = flow["curve"][-1][judge], flow["curve"][0][judge]
-            steps, best = reached(dense, judge, goal), max(point[judge] for point in dense["curve"])
-            said = f"{steps:.1f}: {steps / flow['steps']:.2f} of them" if steps is not None else f"never; {best:.3f} at best"
-            said = said if goal > start else f"no gain to compare with; {best:.3f} at best"
-            rows.append([str(flow["seed"]), judge, f"{goal:.3f}", str(flow["steps"]), said])
-    return markdown(["seed", "judge", "Flow-GRPO's last", "Flow-GRPO's steps", "DenseGRPO's steps to it"], rows)
+    for flow, name in ((FLOW, DENSE), (FLOW, LONG), (DANCE, DENSE)):
+        for terminal, dense in pairs(runs, name, flow):
+            row = [f"`{title(flow)}`, {terminal['seconds']:g} s", str(terminal["seed"]), f"{dense['steps']} in {dense['seconds']:g} s"]
+            for judge in ("strict", "second_judge"):
+                goal, start = terminal["curve"][-1][judge], terminal["curve"][0][judge]
+                steps, best = reached(dense, judge, goal), max(point[judge] for point in dense["curve"])
+                said = f"{steps:.1f} = {steps / terminal['steps']:.2f} of {terminal['steps']}" if steps is not None else f"not: {best:.3f}"
+                row += [f"{goal:.3f}", said if goal > start else f"no gain to compare with; {best:.3f}"]
+            rows.append(row)
+    head = ["against", "seed", "DenseGRPO's steps", "its last strict", "reached after", "its last second judge", "reached after"]
+    return markdown(head, rows)
 
 
 def windows(run: Run, key: str) -> list[float]:
@@ -181,20 +186,22 @@ def collapse(run: Run) -> int | None:
 def value_table(runs: Sequence[Run]) -> str:
     """Flow-GRPO and VGPO from the step on at which Flow-GRPO's group spread has collapsed."""
     rows: list[list[str]] = []
-    for flow, value in pairs(runs, "toybox_vgpo"):
-        step = collapse(flow)
-        if step is None:
-            most = max(windows(flow, "zero_spread/total"), default=0.0)
-            rows.append([str(flow["seed"]), f"never: at most {most:.2f} of the groups", "", "", "", ""])
-            continue
-        cells = [str(flow["seed"]), str(step)]
-        for run in (flow, value):
-            rewards = windows(run, "reward/mean")
-            start = rewards[min(step - WINDOW, len(rewards) - 1)]
-            accuracy = at(run, "strict", "step", step)
-            cells += [f"{start:.3f} → {rewards[-1]:.3f}", f"{accuracy:.3f} → {run['curve'][-1]['strict']:.3f}"]
-        rows.append(cells)
-    head = ["seed", "collapse at step", "Flow-GRPO: reward", "strict", "VGPO: reward", "strict"]
+    for flow_name, value_name in COLLAPSES:
+        reward = "0 or 1" if flow_name.startswith("strict") else "dense"
+        for flow, value in pairs(runs, value_name, flow_name):
+            step = collapse(flow)
+            if step is None:
+                most = max(windows(flow, "zero_spread/total"), default=0.0)
+                rows.append([reward, str(flow["seed"]), f"never: at most {most:.2f} of the groups", "", "", "", ""])
+                continue
+            cells = [reward, str(flow["seed"]), str(step)]
+            for run in (flow, value):
+                rewards = windows(run, "reward/mean")
+                start = rewards[min(step - WINDOW, len(rewards) - 1)]
+                accuracy = at(run, "strict", "step", step)
+                cells += [f"{start:.3f} → {rewards[-1]:.3f}", f"{accuracy:.3f} → {run['curve'][-1]['strict']:.3f}"]
+            rows.append(cells)
+    head = ["reward", "seed", "collapse at step", "Flow-GRPO: reward", "strict", "VGPO: reward", "strict"]
     return markdown(head, rows)
 
 
@@ -218,7 +225,8 @@ shows where the difference after equal seconds, paired by seed, exceeds twice it
 
 def page(runs: Sequence[Run], seconds: float) -> str:
     """The whole of toybox.md."""
-    runs = [run for run in runs if run["seconds"] == seconds]
+    everything = list(runs)
+    runs = [run for run in runs if run["seconds"] == seconds and run["name"] not in APART]
     chosen, fresh = ([run for run in runs if (run["seed"] in CHOSEN_ON) == first] for first in (True, False))
     if not chosen:
         return f"# Every algorithm on the toybox\n\nNo run of {seconds:g} s with one of the seeds {CHOSEN_ON} yet.\n"
@@ -227,12 +235,13 @@ def page(runs: Sequence[Run], seconds: float) -> str:
     parts += [main_table(chosen), "![accuracy, training reward and spread over time](../assets/pictures/toybox_runs.png)"]
     if fresh:
         parts += ["## Confirmed on new seeds", "What was chosen above, on seeds that had no part in it.", confirmation(fresh)]
-    if pairs(chosen, "toybox_dense_grpo"):
-        parts += ["## DenseGRPO: iterations to Flow-GRPO's final accuracy", "The paper's curves need fewer. Wanted: 0.6 of them."]
-        parts += [dense_table(chosen)]
-    if pairs(chosen, "toybox_vgpo"):
+    if pairs(everything, DENSE):
+        text = "The paper's curves need fewer. Wanted: 0.6 of them. Flow-GRPO's own job trains one step of each path; "
+        parts += ["## DenseGRPO: iterations to the final accuracy of terminal credit", text + "dance_grpo trains all, as DenseGRPO does."]
+        parts += [dense_table(everything)]
+    if any(pairs(everything, value, flow) for flow, value in COLLAPSES):
         text = f"Collapsed: at least {COLLAPSED:g} of the groups have no spread, on average over {WINDOW} steps. From there to the end:"
-        parts += ["## VGPO: after Flow-GRPO's group spread has collapsed", text, value_table(chosen)]
+        parts += ["## VGPO: after Flow-GRPO's group spread has collapsed", text, value_table(everything)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -266,6 +275,6 @@ def write(folder: Path, seconds: float, target: Path = PAGE, picture: Path = PLO
     """toybox.md and the plot."""
     runs = load(folder)
     target.write_text(page(runs, seconds), encoding="utf-8")
-    shown = [run for run in runs if run["seconds"] == seconds and run["seed"] in CHOSEN_ON and run["steps"]]
+    shown = [run for run in runs if run["seconds"] == seconds and run["seed"] in CHOSEN_ON and run["steps"] and run["name"] not in APART]
     if shown:
         plot(shown, picture)

@@ -50,19 +50,21 @@ def test_the_page_says_which_claims_show_and_which_do_not(tmp_path: Path) -> Non
 
 
 def test_iterations_to_the_others_accuracy() -> None:
-    table = toybox_table.dense_table([run("toybox", 0, 0.6), run("toybox_dense_grpo", 0, 0.7), run("toybox", 1, 0.6)])
-    assert row_of(table, "0 | strict")[-1] == "5.0: 0.50 of them"
-    lost = toybox_table.dense_table([run("toybox", 0, 0.4), run("toybox_dense_grpo", 0, 0.7)])
-    assert row_of(lost, "0 | strict")[-1] == "no gain to compare with; 0.700 at best"
-    never = toybox_table.dense_table([run("toybox", 0, 0.6), run("toybox_dense_grpo", 0, 0.55)])
-    assert row_of(never, "0 | strict")[-1] == "never; 0.550 at best"
+    flow, dense = run("toybox", 0, 0.6), run("toybox_dense_grpo", 0, 0.7)
+    table = toybox_table.dense_table([flow, dense, run("toybox", 1, 0.6), run("toybox_dance_grpo", 0, 0.55)])
+    assert row_of(table, "`flow_grpo (toybox)`")[3:5] == ["0.600", "5.0 = 0.50 of 10"]
+    assert row_of(table, "`dance_grpo`")[3:5] == ["0.550", "2.5 = 0.25 of 10"]
+    lost = toybox_table.dense_table([run("toybox", 0, 0.4), dense])
+    assert row_of(lost, "`flow_grpo")[4] == "no gain to compare with; 0.700"
+    never = toybox_table.dense_table([flow, run("dense_grpo_long", 0, 0.55, seconds=260.0)])
+    assert row_of(never, "`flow_grpo")[2:5] == ["10 in 260 s", "0.600", "not: 0.550"]
 
 
 def test_after_the_spread_has_collapsed() -> None:
     table = toybox_table.value_table([run("toybox", 0, 0.5, spread=0.6), run("toybox_vgpo", 0, 0.6)])
-    assert row_of(table, "0") == ["0", "5", "0.200 → 0.700", "0.500 → 0.500", "0.200 → 0.700", "0.550 → 0.600"]
-    held = toybox_table.value_table([run("toybox", 0, 0.5, spread=0.2), run("toybox_vgpo", 0, 0.6)])
-    assert row_of(held, "0")[1] == "never: at most 0.20 of the groups"
+    assert row_of(table, "dense") == ["dense", "0", "5", "0.200 → 0.700", "0.500 → 0.500", "0.200 → 0.700", "0.550 → 0.600"]
+    held = toybox_table.value_table([run("strict_flow_grpo", 0, 0.5, spread=0.2), run("strict_vgpo", 0, 0.6)])
+    assert row_of(held, "0 or 1")[2] == "never: at most 0.20 of the groups"
 
 
 def test_no_run_yet_and_the_plot(tmp_path: Path) -> None:
