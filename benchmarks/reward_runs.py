@@ -68,7 +68,7 @@ def page(runs: Sequence[Run]) -> str:
         "# The default job with every reward alone",
         "Written by `python -m benchmarks.reward_runs`; don't edit.",
         f"Runs of {seconds} s of training from the same base; {runs[0]['pictures']} held-out prompts, the same noise in every run; mean ± "
-        "std over seeds. Neither the verifier nor the second judge is trained on here: where the reward rises and they don't, it is hacked.",
+        "std over seeds. Neither the verifier nor the second judge is trained on: where the reward rises and they don't, it is hacked.",
         table(runs),
         *(f"`{name}`, seed 0, before above after:\n\n![{name}](../assets/pictures/rewards/{stem(name)}.png)" for name in shown),
         "Made on: " + "; ".join(machine) + ".",
