@@ -21,7 +21,7 @@ def test_a_change_is_small_the_same_every_time_and_each_pictures_own(number: int
     torch.testing.assert_close(perturbed(images[1:2], number), changed[1:2])
     assert all(abs(a - b) <= 1 for a, b in zip(changed.shape[-2:], images.shape[-2:], strict=True))
     inside = torch.nn.functional.interpolate(changed, images.shape[-2:], mode="bilinear")
-    assert 0 < (inside - images).abs().mean() < 0.05
+    assert 0 < (inside - images).abs().mean() < 0.1
     assert changed.min() >= 0
     assert changed.max() <= 1
 
