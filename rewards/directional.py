@@ -52,6 +52,8 @@ class Directional(Calibrated):
         encoder: Any = getattr(of, "encoder", None)
         if not isinstance(encoder, DualEncoder):
             raise UserError(f"directional: {of.spec.name} has no picture and text encoder; use clip_score, pickscore or hps")
+        if getattr(of, "baseline", None) is not None:
+            raise UserError(f"directional: {of.spec.name} measures from a baseline, and a direction takes its place; leave baseline out")
         self.encoder: DualEncoder = encoder
         self.scale = float(getattr(of, "scale", 1.0))
         self.omega, self.radius, self.steps, self.lr = omega, radius, steps, lr

@@ -47,7 +47,7 @@ class Learner(Mean):
 
     def update(self, real: RewardInput, fake: RewardInput) -> dict[str, float]:
         self.count += 1
-        self.spec = RewardSpec("learner", version=str(int(self.count.item())), trainable=True)
+        self.spec = RewardSpec("learner", version=f"after {int(self.count.item())}", trainable=True)
         return {"loss": 0.5}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -68,6 +68,6 @@ def test_patience_that_runs_out_keeps_what_was_learned(tmp_path: Path) -> None:
 
 
 def test_a_run_that_never_learned_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the 1st in a row .* nothing was learned yet$"):
+    with pytest.raises(UserError, match=r"the 1st in a row .* nothing was learned yet$"):
         flaky(tmp_path, patience=1, share=0.75).fit()
     assert not checkpoint.found(tmp_path / "run" / "checkpoints")

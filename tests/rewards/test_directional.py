@@ -90,5 +90,7 @@ def test_the_fit_does_not_depend_on_who_asks() -> None:
 def test_bad_options_are_user_errors() -> None:
     with pytest.raises(UserError, match="jpeg has no picture and text encoder"):
         Directional(Jpeg())
+    with pytest.raises(UserError, match="leave baseline out"):
+        Directional(ClipScore("toybox", baseline="a picture"))
     with pytest.raises(UserError, match="omega >= 1"):
         Directional(ClipScore("toybox"), omega=0.5)
