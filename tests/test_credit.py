@@ -92,13 +92,14 @@ def test_global_std_over_ranks_equals_one_rank() -> None:
 
 
 def gdpo_by_hand(rewards: dict[str, Tensor], weights: dict[str, float], groups: Tensor, floor: dict[str, float]) -> Tensor:
-    total = torch.zeros(len(groups))
+    total, bare = torch.zeros(len(groups)), torch.zeros(len(groups))
     for name, values in rewards.items():
         for group in groups.unique():
             rows = groups == group
-            own = values[rows]
-            total[rows] += weights[name] * (own - own.mean()) / max(own.std(correction=0).item(), 1e-6, floor.get(name, 0))
-    return (total - total.mean()) / total.std(correction=0)
+            centred, std = values[rows] - values[rows].mean(), max(values[rows].std(correction=0).item(), 1e-6)
+            bare[rows] += weights[name] * centred / std
+            total[rows] += weights[name] * centred / max(std, floor.get(name, 0))
+    return (total - total.mean()) / bare.std(correction=0)
 
 
 def test_gdpo_by_hand() -> None:
@@ -108,6 +109,13 @@ def test_gdpo_by_hand() -> None:
     weights = {"clip": 2.0, "count": 0.5}
     for floor in ({}, {"clip": 0.1}):
         assert_close(gdpo_advantages(rewards, weights, groups, floor), gdpo_by_hand(rewards, weights, groups, floor))
+
+
+def test_gdpo_leaves_noise_small_when_there_is_nothing_else() -> None:
+    noise = {"clip": 1e-3 * torch.randn(24, generator=torch.Generator().manual_seed(0))}
+    groups = torch.arange(24) % 4
+    assert gdpo_advantages(noise, {"clip": 1.0}, groups).square().mean().item() == pytest.approx(1.0)
+    assert gdpo_advantages(noise, {"clip": 1.0}, groups, {"clip": 1e-2}).abs().max() < 0.3
 
 
 def test_gdpo_tells_one_reward_won_from_two() -> None:

@@ -24,21 +24,10 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
-ACTING = {
-    "policy",
-    "sampling",
-    "solvers",
-    "branching",
-    "scoring",
-    "features",
-    "preprocess",
-    "judges",
-    "judge_client",
-    "monitors",
-    "pictures",
-}
+ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
+ACTING |= {"composite", "perturb", "reward_check", "judge_client"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
-PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts"}
+PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience"}
 DOORS = {"train", "cli", "api", "demo"}
 MAY_IMPORT = {  # group -> what of visalign its files may import, besides each other and errors
     "data": set(),
@@ -46,7 +35,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
-    "rewards": {"scoring", "features", "preprocess", "judges", "toybox"},
+    "rewards": {"scoring", "composite", "perturb", "features", "preprocess", "judges", "toybox"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
     "toybox": {"scoring", "toybox", "schedules", "judges"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,

@@ -124,7 +124,9 @@ def test_options_are_checked_and_converted_by_the_annotations() -> None:
         (f"{__name__}:Doubled", {}, f"reward {__name__}:Doubled.of is missing"),
         (f"{__name__}:Doubled", {"of": 3}, f"reward {__name__}:Doubled.of: expected an instance of Reward, got 3"),
         (f"{__name__}:Doubled", {"of": {"quality": 3}}, f"reward {__name__}:Doubled.of.use is missing"),
-        (f"{__name__}:Doubled", {"of": {"use": "jpg"}}, "no reward named 'jpg'; did you mean jpeg?"),
+        (f"{__name__}:Doubled", {"of": {"use": "jpg"}}, f"reward {__name__}:Doubled.of.use: no reward named 'jpg'; did you mean jpeg?"),
+        ("geometric", {"of": {"use": "jpeg"}}, "reward geometric.of.use: expected a weight or {use: NAME, weight: 1.0, …}, got 'jpeg'"),
+        ("geometric", {"of": {"jpeg": {"qualty": 1}}}, "reward geometric.of.jpeg.qualty is unknown; did you mean quality?"),
     ],
 )
 def test_a_wrong_option_is_one_line(name: str, options: dict[str, Any], message: str) -> None:
@@ -142,6 +144,32 @@ def test_a_class_that_takes_any_option_gets_them_all() -> None:
 def test_a_wrapper_receives_a_built_reward() -> None:
     reward = registry.load_reward(f"{__name__}:Doubled", of={"use": f"{__name__}:Constant", "value": 3})
     assert reward.score(RewardInput(torch.rand(2, 3, 4, 4), ["a", "b"])).scores.tolist() == [6, 6]
+
+
+def test_rewards_of_rewards_nest_to_any_depth() -> None:
+    inner = {"use": "uncertainty", "of": {"use": "clip_score", "checkpoint": "toybox"}, "form": "weight"}
+    reward = registry.load_reward("geometric", of={"clip": inner | {"weight": 2}, "toybox": 1})
+    scores = reward.score(RewardInput(torch.rand(2, 3, 64, 64), ["a red star", "a ring"]))
+    assert set(scores.components) >= {"clip", "clip/clip_score", "clip/clip_score/cosine", "toybox", "toybox/dense"}
+    with pytest.raises(UserError, match=r"^reward geometric\.of\.clip\.of\.use: no reward named 'clip_scor'; did you mean clip_score\?$"):
+        registry.load_reward("geometric", of={"clip": {"use": "uncertainty", "of": {"use": "clip_scor"}}})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"use": "uncertainty", "of": {"quality": 3}}, "eval.rewards.safe.of.quality.use: no reward named"),
+        ({"use": "uncertainty", "of": {"use": "jpeg", "qualty": 3}}, "eval.rewards.safe.of.qualty is unknown; did you mean quality?"),
+        ({"use": "uncertainty", "of": {"use": "jpeg"}, "kapa": 3}, "eval.rewards.safe.kapa is unknown; did you mean kappa?"),
+        ({"use": "uncertainty"}, "eval.rewards.safe.of is missing"),
+        ({"use": "geometric", "of": {"a": "x"}}, "eval.rewards.safe.of.a: expected a weight or {use: NAME, weight: 1.0, …}, got 'x'"),
+        ({"use": "shaped", "of": {"weight": 3}}, "eval.rewards.safe.of.use is missing"),
+    ],
+)
+def test_what_is_wrong_inside_a_wrapper_is_named_by_its_path(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        registry.check_rewards({"safe": RewardSection.model_validate(section)}, "eval.rewards")
+    assert str(error.value).startswith(message)
 
 
 def test_rewards_are_refused_before_any_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +240,15 @@ def test_auto_checkpoint_is_the_toyboxs_with_a_toybox_policy_and_the_hubs_otherw
     assert choice("stabilityai/stable-diffusion-3.5-medium", False) == hub_id
     assert choice(None, True) == hub_id
     assert choice(None, False) == "toybox/clip"
+
+
+def test_auto_checkpoint_is_resolved_inside_wrappers_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(registry, "hub_has", lambda model_id: False)
+    inner = {"use": "uncertainty", "of": {"use": "clip_score", "scale": 2.5}}
+    sections = {"safe": RewardSection.model_validate({"use": "geometric", "of": {"sure": inner, "toybox": 2}})}
+    found = registry.resolved(sections, None)["safe"]
+    clip = {"use": "clip_score", "weight": 1.0, "scale": 2.5, "checkpoint": "toybox/clip"}
+    sure = {"use": "uncertainty", "weight": 1.0, "of": clip}
+    assert found.options == {"of": {"sure": sure, "toybox": {"use": "toybox", "weight": 2.0}}}
+    assert "visalign: safe.of.sure.of: the hub can't be reached" in capsys.readouterr().err
+    assert registry.resolved({"safe": found}, "some/model") == {"safe": found}, "a choice once made stays"

@@ -20,6 +20,21 @@ class Closeness(Reward):
         return RewardOutput.of(-0.5 * (Toy.points(batch.images) - self.target).square().sum(1))
 
 
+class Flaky(Closeness):
+    """Closeness that fails for a share of the pictures in the calls `first` to `last`, counted from 1."""
+
+    def __init__(self, first: int = 1, last: int = 10**9, share: float = 1.0):
+        super().__init__()
+        self.first, self.last, self.share, self.calls = first, last, share, 0
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        self.calls += 1
+        scores = super().score(batch).scores
+        lost = torch.arange(len(batch)) < self.share * len(batch) * (self.first <= self.calls <= self.last)
+        errors = ["HTTP 503: the judge\nis asleep" if bad else None for bad in lost.tolist()]
+        return RewardOutput.of(torch.where(lost, torch.nan, scores), info={"errors": errors})
+
+
 class Brightness(Reward):
     """Mean of the pixels: smooth, and different for any two pictures."""
 

@@ -85,8 +85,9 @@ class FlowGRPO(Trainer):
         )
         images = decode(self.policy, trajectory.final, batch)
         with torch.no_grad():
-            scores = self.session.rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups)).by_name()
-        drawn = Rollout(prompts, condition, trajectory, images, scores, metrics=self._describe(scores, prompts.groups))
+            scores = self.session.rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups))
+        rewards, said = scores.by_name(), {"weights": scores.weight, "errors": scores.errors}
+        drawn = Rollout(prompts, condition, trajectory, images, rewards, metrics=self._describe(rewards, prompts.groups), **said)
         if not self.crediting.dense:
             return replace(drawn, metrics=drawn.metrics | {"reward_calls": 1.0})
         values, calls = self.crediting.values(self.policy, drawn, guidance=guidance, batch=batch, plan=self.plan(step))

@@ -18,6 +18,7 @@ from visalign import schedules
 from visalign.branching import branch_cells, one_branch_rollout, pruned, pruned_depths, tree_rollout
 from visalign.config import CreditSection, ExplorationSection, RatioSection
 from visalign.errors import UserError
+from visalign.explain import nearest
 from visalign.losses import Loss, clipped_policy, guard_log_ratio, noise_weights
 from visalign.paths import Path, gain
 from visalign.policy import Policy
@@ -123,6 +124,8 @@ class Credit:
             raise UserError(
                 f"credit.aggregation=gdpo normalises terminal rewards; credit.kind={self.section.kind} needs credit.aggregation=sum"
             )
+        if unknown := sorted(set(self.section.noise_floor) - set(self.panel.rewards)):
+            raise UserError(f"credit.noise_floor.{unknown[0]}: no such reward{nearest(unknown[0], list(self.panel.rewards))}")
         if self.section.kind != "value":
             return
         for alias, reward in self.panel.rewards.items():
@@ -163,7 +166,19 @@ class Credit:
         return found, len(rows) / len(owner)
 
     def advantages(self, drawn: Rollout, moments: Callable[[Tensor], Tensor]) -> Tensor:
-        """(N, S): one number per sample and recorded step."""
+        """(N, S): one number per sample and recorded step, times the sample's weight where a reward gives one.
+
+        The weight comes after all normalisation, which would divide it out again. Samples that share a step of a tree answer for it
+        together: there it is their mean.
+        """
+        found = self._advantages(drawn, moments)
+        if drawn.weights is None:
+            return found
+        owner = drawn.trajectory.owner()[:, drawn.trajectory.before + 1].to(found.device)
+        weights = drawn.weights.to(found)[:, None].expand_as(found)
+        return found * torch.zeros_like(found).scatter_reduce(0, owner, weights, "mean", include_self=False).gather(0, owner)
+
+    def _advantages(self, drawn: Rollout, moments: Callable[[Tensor], Tensor]) -> Tensor:
         section, trajectory, rewards = self.section, drawn.trajectory, dict(drawn.rewards)
         total = rewards.pop("total")
         groups, before = drawn.prompts.groups.to(total.device), trajectory.before.to(total.device)
@@ -188,7 +203,7 @@ class Credit:
         if section.kind == "own_branch":
             groups = credits.branch_cells(groups, trajectory.steps[:, 0].to(total.device), trajectory.node[:, 0].to(total.device))
         if section.aggregation == "gdpo":
-            floors = {alias: reward.spec.noise_std for alias, reward in self.panel.rewards.items()}
+            floors = {alias: section.noise_floor.get(alias, reward.spec.noise_std) for alias, reward in self.panel.rewards.items()}
             per_sample = credits.gdpo_advantages(rewards, self.panel.weights, groups, floors, clip=section.clip, moments=moments)
         else:
             per_sample = credits.group_advantages(total, groups, std=section.std, moments=moments, **scale)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from visalign import checkpoint, prompts, registry
+from visalign import base_pictures, checkpoint, prompts, registry
 from visalign.config import Config, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
@@ -29,7 +29,8 @@ def trainer(config: Config) -> Trainer:
         raise UserError("rewards: none given; name at least one, such as rewards.toybox=1.0")
     # what costs nothing to refuse, before weights are loaded
     validate(kind.Config, config.trainer.options, "trainer")
-    registry.check_rewards(config.rewards | config.eval.rewards)
+    registry.check_rewards(config.rewards)
+    registry.check_rewards(config.eval.rewards, "eval.rewards")
     checkpoint.to_resume(config.run.path, config.run.resume)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -46,6 +47,7 @@ def trainer(config: Config) -> Trainer:
                 f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)"
             )
     judges = registry.build_panel(config.eval.rewards, config.policy.model, processes.device)
+    base_pictures.calibrate(config, learner, {"rewards": rewards, "eval.rewards": judges}, train_prompts, processes)
     built = kind(Session(config, processes, learner, rewards, judges, train_prompts, test_prompts))
     if processes.main:
         write_config(config)

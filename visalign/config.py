@@ -124,6 +124,7 @@ class CreditSection(Section):
     kind: Literal["terminal", "gain", "residual", "value", "tree", "own_branch"] = "terminal"  # which reward a step answers for
     std: Literal["group", "global", "none"] = "global"  # by which spread advantages are divided
     aggregation: Literal["sum", "gdpo"] = "sum"  # several rewards: weighted sum, or normalised one by one
+    noise_floor: dict[str, AtLeastZero] = {}  # gdpo: alias: spread below which differences are noise; else the reward's own
     epsilon: AtLeastZero = 1e-4
     clip: Above = 5.0  # advantages are cut to ± clip
     floor: AtLeastZero = 0.0  # gain, residual: the least spread of a step's credit that is blown up to 1

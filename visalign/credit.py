@@ -85,12 +85,11 @@ def gdpo_advantages(
 ) -> Tensor:
     """GDPO (arXiv 2601.05242): each reward is normalised within its group before the weighted sum, in [-clip, clip]: (N,) float32.
 
-    So no reward outweighs another by its unit, and patterns with equal raw sums stay apart. The sum is divided by its std over the epoch;
-    its mean is 0 already. A sample counts only if every weighted reward of it is valid.
+    So no reward outweighs another by its unit, and patterns with equal raw sums stay apart. The sum, of mean 0, is divided by the std over
+    the epoch that it has without floors: its own would blow up what they held down. A sample counts only if every weighted reward is valid.
 
     Args:
-        rewards: name -> (N,).
-        weights: name -> weight; 0 leaves a reward out.
+        rewards, weights: name -> (N,), and name -> weight; 0 leaves a reward out.
         groups: (N,) int64.
         noise_floor: name -> the scorer's re-scoring noise: a group's spread below it is not blown up to 1.
         moments: as in `group_advantages`.
@@ -103,13 +102,14 @@ def gdpo_advantages(
         raise ValueError(f"weights {dict(weights)} must name at least one reward of {sorted(rewards)}, and no other")
     valid = torch.stack([rewards[name].isfinite() for name in used]).all(0)
     table = _Groups(valid, groups)
-    total = torch.zeros(len(groups), dtype=torch.float64, device=groups.device)
+    total, bare = torch.zeros(2, len(groups), dtype=torch.float64, device=groups.device)
     for name in used:
         centred, spread = table.centred(rewards[name])
-        floor = max(epsilon, (noise_floor or {}).get(name, 0.0))
-        total += weights[name] * torch.where(spread > ZERO_SPREAD, centred / spread.clamp(min=floor), 0.0)
-    total = total / _overall_std(total, valid, moments).clamp(min=epsilon)
-    return torch.where(valid, total, 0.0).clamp(-clip, clip).float()
+        floor = (noise_floor or {}).get(name, 0.0)
+        share = weights[name] * torch.where(spread > ZERO_SPREAD, centred / spread.clamp(min=epsilon), 0.0)
+        bare += share
+        total += share * (spread / floor).clamp(max=1.0) if floor else share
+    return torch.where(valid, total / _overall_std(bare, valid, moments).clamp(min=epsilon), 0.0).clamp(-clip, clip).float()
 
 
 def spread(rewards: Tensor, groups: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import inspect
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,8 @@ from urllib.parse import urlparse
 import torch
 from pydantic import BaseModel, ConfigDict, create_model
 
-from visalign.config import RewardSection, validate
+from visalign.composite import Members
+from visalign.config import RewardSection, expand_rewards, validate
 from visalign.errors import UserError
 from visalign.explain import nearest
 from visalign.policy import PRECISIONS, Family, Policy
@@ -73,23 +75,30 @@ def summary(kind: str, name: str) -> str:
     return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]  # read, not imported: it may need a library that is missing
 
 
-def checked(kind: type[Any], options: dict[str, Any], where: str, skip: int = 0) -> dict[str, Any]:
+def checked(kind: type[Any], options: dict[str, Any], where: str, skip: int = 0, built: Sequence[str] = ()) -> dict[str, Any]:
     """Options for a class, checked against the annotated arguments of its `__init__`, of which the first `skip` are not options.
+
+    What is named in `built` is still to be built, and may be anything.
 
     Raises:
         UserError: an unknown option, a wrong type, or one that is missing.
     """
     parameters = list(inspect.signature(kind).parameters.values())[skip:]
-    try:
-        hints = get_type_hints(kind.__init__)
-    except NameError:  # names that are imported for type checkers only
-        hints = {}
+    hints = _hints(kind) | dict.fromkeys(built, Any)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in named}
     others = "forbid" if all(p.kind != p.VAR_KEYWORD for p in parameters) else "allow"
     settings = ConfigDict(extra=others, arbitrary_types_allowed=True, protected_namespaces=())
     section: BaseModel = validate(create_model("Options", __config__=settings, **fields), options, where)
     return {name: getattr(section, name) for name in options}
+
+
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Annotations of a class's arguments."""
+    try:
+        return get_type_hints(kind.__init__)
+    except NameError:  # names that are imported for type checkers only
+        return {}
 
 
 # --- policies ----------------------------------------------------------------------------------------------------------
@@ -167,36 +176,69 @@ def _family_of(pipeline_class: str, source: str) -> str:
 
 
 def load_reward(name: str, **options: Any) -> Reward:
-    """A reward by name with its options; a wrapper's `of` may hold another reward as {use: NAME, …}.
+    """A reward by name with its options; the `of` of a reward of rewards may hold {use: NAME, …}, or {alias: weight or {use: NAME, …}}.
 
     Raises:
         UserError: no such reward, an unknown option, or a value it refuses.
     """
+    return _built(name, options, f"reward {name}")
+
+
+def _built(name: str, options: dict[str, Any], where: str) -> Reward:
     kind = load("rewards", name)
-    if isinstance(options.get("of"), dict):
-        inner = validate(RewardSection, options["of"], f"reward {name}.of")
-        options["of"] = load_reward(inner.use, **inner.options)
-    return kind(**checked(kind, options, f"reward {name}"))
+    parts = members(kind, options, where)
+    rewards = {path: (_built(part.use, part.options, path), part.weight) for path, part in parts.items()}
+    single = rewards.get(f"{where}.of")
+    of = single[0] if single else {path.removeprefix(f"{where}.of."): reward for path, reward in rewards.items()}
+    return kind(**checked(kind, options | ({"of": of} if parts else {}), where))
 
 
-def check_rewards(rewards: dict[str, RewardSection]) -> None:
-    """Refuse unknown rewards and wrong options before any weights are loaded."""
-    for section in rewards.values():
-        if "of" not in section.options:
-            checked(load("rewards", section.use), section.options, f"reward {section.use}")
+def members(kind: type[Any], options: dict[str, Any], where: str) -> dict[str, RewardSection]:
+    """What the `of` of a reward of rewards holds: `WHERE.of` -> the one, or `WHERE.of.ALIAS` -> each; nothing where it is no mapping."""
+    of, where = options.get("of"), f"{where}.of"
+    if not isinstance(of, dict):
+        return {}
+    wanted = _hints(kind).get("of")
+    if wanted is Reward or (wanted != Members and "use" in of):
+        found = {where: of}
+    else:
+        found = {f"{where}.{alias}": section for alias, section in expand_rewards(of, where).items()}
+    sections = {path: validate(RewardSection, section, path) for path, section in found.items()}
+    for path, section in sections.items():
+        try:
+            load("rewards", section.use)
+        except UserError as error:
+            raise UserError(f"{path}.use: {error}") from None
+    return sections
+
+
+def check_rewards(rewards: dict[str, RewardSection], where: str = "rewards") -> None:
+    """Refuse unknown rewards and wrong options, at any depth, before any weights are loaded; messages name the key."""
+    _check({f"{where}.{alias}": section for alias, section in rewards.items()})
+
+
+def _check(sections: dict[str, RewardSection]) -> None:
+    for path, section in sections.items():
+        kind = load("rewards", section.use)
+        parts = members(kind, section.options, path)
+        _check(parts)
+        checked(kind, section.options, path, built=("of",) if parts else ())
 
 
 def resolved(rewards: dict[str, RewardSection], model: str | None) -> dict[str, RewardSection]:
-    """Rewards with `checkpoint: auto` (or none given) replaced by what it means.
+    """Rewards, at any depth, with `checkpoint: auto` (or none given) replaced by what it means.
 
     That is the toybox's part when the policy is the toybox, or when there is no policy (`model` None) and the hub can't be reached;
     otherwise the reward's documented hub id. A choice for the toybox is printed.
     """
     found: dict[str, RewardSection] = {}
     for alias, section in rewards.items():
-        options = section.options
+        options, kind = section.options, load("rewards", section.use)
+        if parts := resolved(members(kind, options, alias), model):
+            plain = {path: part.model_dump() for path, part in parts.items()}
+            options["of"] = plain.get(f"{alias}.of") or {path.removeprefix(f"{alias}.of."): part for path, part in plain.items()}
         if section.use in TOYBOX_CHECKPOINTS and options.get("checkpoint", "auto") == "auto":
-            hub_id = load("rewards", section.use).spec.model_id
+            hub_id = kind.spec.model_id
             toybox = model.startswith("toybox") if model is not None else not hub_has(hub_id)
             options["checkpoint"] = TOYBOX_CHECKPOINTS[section.use] if toybox else hub_id
             if model is None and toybox:

@@ -156,6 +156,8 @@ class Rollout:
         prompts, condition, trajectory: N rows each.
         images: (N, 3, H, W) float in [0, 1].
         rewards: alias -> (N,) float32, NaN where a reward failed.
+        weights: (N,) in [0, 1], how much each sample's advantage counts; None: 1.
+        errors: alias -> what a reward said of the samples that it could not score.
         advantages: (N, S) float32; 0 where a sample carries no signal.
         values: (N, K) float32, the reward of every stored state's completion, where credit asks for it.
         metrics: what the collection has to say about itself.
@@ -166,6 +168,8 @@ class Rollout:
     trajectory: Trajectory
     images: Tensor
     rewards: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    weights: Tensor | None = None
+    errors: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     advantages: Tensor | None = None
     values: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict[str, float])

@@ -34,6 +34,7 @@ class RewardInput(Sliceable):
         references: N tensors (R, 3, H, W) in [0, 1], or None.
         groups: (N,) int64, for rewards that compare the members of a group.
         latents, sigma: (N, ...) and (N,), for rewards on noisy latents.
+        views: (N, V, 3, H, W) in [0, 1], further generations of each sample, from another noise or time, to see whether scores agree.
     """
 
     images: Tensor
@@ -44,6 +45,7 @@ class RewardInput(Sliceable):
     groups: Tensor | None = None
     latents: Tensor | None = None
     sigma: Tensor | None = None
+    views: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.metadata:
@@ -64,7 +66,9 @@ class RewardOutput:
         dense: (N, h, w) or (N, F, h, w) credit map, if the reward has one.
         uncertainty: (N,) in the unit of the scores.
         embeddings: name -> (N, D), for diversity and corrections.
-        info: anything worth keeping: lists of N (a judge's texts), or single values (a version).
+        weight: (N,) in [0, 1], how much an advantage (or a loss) that the score earns counts, 0 where invalid; None: 1.
+        info: anything worth keeping: lists of N (a judge's texts), or single values (a version). `errors`: why a score failed, N texts or
+            None.
     """
 
     scores: Tensor
@@ -73,6 +77,7 @@ class RewardOutput:
     dense: Tensor | None = None
     uncertainty: Tensor | None = None
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -91,7 +96,7 @@ class RewardSpec:
         name, version: `version` changes whenever the same input could score otherwise (a trainable reward after an update).
         scope: "point" scores each sample alone; "group" compares the members of a group; "pair", "set" likewise.
         differentiable: scores carry gradients to `images` (or `video`).
-        needs: of {"prompt", "metadata:KEY", "references", "groups", "latents", "video"}.
+        needs: of {"prompt", "metadata:KEY", "references", "groups", "latents", "video", "views"}.
         range: lowest and highest possible score.
         noise_std: spread of re-scoring the same picture, measured; differences below it are noise.
         licence, model_id: of the default weights.
@@ -132,6 +137,15 @@ class Reward(ABC):
         """One training step of a trainable reward; returns metrics and changes `spec.version`."""
         raise RewardError(f"reward {self.spec.name} is not trainable")
 
+    @property
+    def base_pictures(self) -> int:
+        """How many pictures of the untrained model `calibrate` must see before the first score; 0 where it has seen them or needs none."""
+        return 0
+
+    def calibrate(self, base: RewardInput) -> None:
+        """Learn from pictures of the untrained model what scores are measured against; once, before training."""
+        del base
+
     def to(self, device: torch.device | str) -> Reward:
         """Move to a device; modules among the attributes move, everything else stays."""
         for value in vars(self).values():
@@ -166,6 +180,17 @@ class Scores:
     def valid(self) -> Tensor:
         """(N,) bool: every member succeeded."""
         return self.total.isfinite()
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(N,) how much an advantage that the total earns counts: the product over members with a weight; None: 1."""
+        given = [o.weight.to(self.total.device) for a, o in self.outputs.items() if self.weights[a] and o.weight is not None]
+        return torch.stack(given).prod(0) if given else None
+
+    @property
+    def errors(self) -> dict[str, list[str]]:
+        """alias -> what the member said of inputs that it could not score, each once."""
+        return {alias: list(dict.fromkeys(filter(None, o.info.get("errors", [])))) for alias, o in self.outputs.items()}
 
     def by_name(self) -> dict[str, Tensor]:
         """alias -> (N,) scores, with "total"."""
@@ -202,7 +227,7 @@ class Panel:
         return Scores(total, outputs, dict(self.weights))
 
     def _member(self, reward: Reward, batch: RewardInput) -> RewardOutput:
-        missing = reward.spec.needs & {"references", "groups", "latents", "video"}
+        missing = reward.spec.needs & {"references", "groups", "latents", "video", "views"}
         for need in sorted(missing):
             if getattr(batch, need) is None:
                 raise RewardError(f"reward {reward.spec.name} needs {need}, and this batch has none")
@@ -240,5 +265,6 @@ def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
         dense=join([o.dense for o in outputs]),
         uncertainty=join([o.uncertainty for o in outputs]),
         embeddings={key: torch.cat([o.embeddings[key] for o in outputs]) for key in first.embeddings},
+        weight=join([o.weight for o in outputs]),
         info=first.info | lists,
     )

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from visalign import checkpoint, report
 from visalign.config import Config as Recipe
-from visalign.config import Positive, Section
+from visalign.config import Fraction, Positive, Section
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.evaluation import Examiner
 from visalign.explain import explain
 from visalign.losses import Loss, per_step_statistics, per_step_summary
 from visalign.noise import seed_for
+from visalign.patience import Patience
 from visalign.policy import Average, Policy
 from visalign.prompts import PromptSet
 from visalign.rollout import Minibatch, Prompts, Rollout
@@ -63,6 +64,8 @@ class Trainer(ABC):
         micro_batch: Positive = 48  # latents per forward, in rollout and training alike (so that the ratio is exactly 1)
         stacked_timesteps: Positive = 1  # timesteps of a micro-batch that share a forward
         updates: Positive = 1  # optimizer steps per rollout
+        min_valid: Fraction = 0.5  # share of a step's pictures that must have valid scores; a step with fewer is skipped
+        patience: Positive = 3  # steps in a row with fewer; the last of them ends the run
 
     settings: Any  # of the subclass's own Config
     invalid_for_distilled: ClassVar[bool] = False
@@ -78,13 +81,11 @@ class Trainer(ABC):
         self._check_geometry()
         self.parameters = self.policy.trainable()
         self.average = Average(self.parameters, self.config.policy.ema) if self.config.policy.ema is not None else None
-        optimizer = self.config.optimizer
-        self.optimizer: Any = torch.optim.AdamW(
-            self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
-        )
-        accelerator = self.processes.accelerator
-        self.policy.network, self.optimizer = accelerator.prepare(self.policy.network, self.optimizer)
+        adam = self.config.optimizer
+        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=adam.lr, betas=adam.betas, weight_decay=adam.weight_decay)
+        self.policy.network, self.optimizer = self.processes.accelerator.prepare(self.policy.network, self.optimizer)
         self.by_step = torch.zeros(0)  # sums over the transitions of each denoising step, within one training step
+        self.patience = Patience(session.rewards, self.processes, self.settings.min_valid, self.settings.patience)
         self.examiner = Examiner(self.config, self.policy, session.judges, session.test_prompts, self.processes)
 
     # --- what an algorithm is ------------------------------------------------------------------------------------------
@@ -114,9 +115,7 @@ class Trainer(ABC):
             tracker.log(0, base)
         if saved:
             self.load(Path(saved))
-        bar = tqdm(
-            range(done + 1, run.steps + 1), initial=done, total=run.steps, desc="train", unit="step", disable=not self.processes.main
-        )
+        bar = tqdm(range(done + 1, run.steps + 1), "train", run.steps, initial=done, unit="step", disable=not self.processes.main)
         for step in bar:
             row = self.step(step)
             bar.set_postfix(reward=f"{row['reward/mean']:.3f}", loss=f"{row['loss']:.2e}")
@@ -145,9 +144,10 @@ class Trainer(ABC):
         started, nfe = time.perf_counter(), self.policy.nfe
         torch.manual_seed(seed_for(self.config.run.seed, self.processes.rank, step))
         rollout = self.collect(self.draw(step), step)
+        skipped = self.patience.lost(rollout, step, self.config.run.path, self.save)
         rollout = replace(rollout, advantages=self.credit(rollout))
         count, collected = len(rollout.prompts), self.policy.nfe
-        metrics = self.learn(rollout, step)
+        metrics = {"loss": math.nan, "skipped": 1.0} if skipped else self.learn(rollout, step)
         spent = {"seconds": time.perf_counter() - started, "images": count * self.processes.count, "nfe": rollout.trajectory.nfe}
         spent |= {"nfe_credit": (collected - nfe) / count - rollout.trajectory.nfe, "nfe_train": (self.policy.nfe - collected) / count}
         return metrics | rollout.metrics | spent
@@ -203,12 +203,10 @@ class Trainer(ABC):
                 sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
         sums = {n: self.processes.max(v) if n == "ratio/max_deviation" else self.processes.mean(v) for n, v in sums.items()}
         if not sums["loss"].isfinite():
-            raise NonFiniteError(
-                f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})"
-            )
-        sums["grad_norm"] = torch.as_tensor(
-            self.processes.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-        ).detach()
+            kept = f"the weights are as before this step (checkpoints: {self.config.run.path})"
+            raise NonFiniteError(f"the loss is {sums['loss'].item()}; {kept}")
+        norm: Any = self.processes.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        sums["grad_norm"] = torch.as_tensor(norm).detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,15 +69,29 @@ def _geneval(folder: Path) -> Reward:
     )
 
 
+def _clip(**options: Any) -> Reward:
+    return _class("clip_score")(checkpoint="toybox", **options)
+
+
+def _calibrated(reward: Reward) -> Reward:
+    reward.calibrate(scene_batch())
+    return reward
+
+
 FACTORIES: dict[str, Callable[[Path], Reward]] = {
-    "clip_score": lambda folder: _class("clip_score")(checkpoint="toybox"),
+    "clip_score": lambda folder: _clip(),
+    "directional": lambda folder: _calibrated(_class("directional")(of=_clip(), steps=20)),
+    "gate": lambda folder: _class("gate")({"clip": (_clip(), 1.0), "ok": (_class("toybox")(), 1.0)}, gate="ok", threshold=0, failed=-1.0),
     "geneval": _geneval,
     "listener": lambda folder: _class("listener")(checkpoint=save_tiny_vlm(folder), listener=str(folder)),
     "pairwise_winrate": lambda folder: _class("pairwise_winrate")(checkpoint=save_tiny_vlm(folder)),
     "prompt_echo": lambda folder: _class("prompt_echo")(checkpoint=save_tiny_vlm(folder)),
     "vlm_rating": lambda folder: _class("vlm_rating")(checkpoint=save_tiny_vlm(folder)),
     "vlm_yes": lambda folder: _class("vlm_yes")(checkpoint=save_tiny_vlm(folder)),
+    "geometric": lambda folder: _class("geometric")({"clip": (_clip(), 2.0), "goal": (_clip(baseline="a picture"), 1.0)}),
     "pickscore": lambda folder: _class("pickscore")(checkpoint=tiny_clip(folder)),
+    "shaped": lambda folder: _calibrated(_class("shaped")(of=_clip())),
+    "uncertainty": lambda folder: _class("uncertainty")(of=_clip(), changes=2),  # a third is JPEG, whose gradient is not its slope
 }
 
 

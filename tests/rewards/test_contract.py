@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from visalign import registry
+from visalign.composite import Composite
 from visalign.scoring import Panel, Reward, RewardInput, RewardOutput
 
 NAMES = registry.names("rewards")
@@ -50,7 +51,9 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 
 
 def modules(reward: Reward) -> list[nn.Module]:
-    return [value for value in vars(reward).values() if isinstance(value, nn.Module)]
+    own = [value for value in vars(reward).values() if isinstance(value, nn.Module)]
+    members = reward.panel.rewards.values() if isinstance(reward, Composite) else ()
+    return own + [module for member in members for module in modules(member)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,6 +87,25 @@ def test_batch_equals_singles(subject: Subject) -> None:
     singles = [subject.reward.score(subject.batch.take(slice(n, n + 1))) for n in range(len(subject.batch))]
     assert all(tuple(single.scores.shape) == (1,) for single in singles)
     close(torch.cat([single.scores for single in singles]), subject.output.scores)
+
+
+def test_seven_inputs(subject: Subject) -> None:
+    order = torch.tensor([3, 1, 0, 2, 1, 0, 3]) % len(subject.batch)
+    output = subject.reward.score(subject.batch.take(order))
+    assert tuple(output.scores.shape) == (7,)
+    assert torch.equal(output.scores.isfinite(), output.valid)
+    if subject.reward.spec.scope == "point":
+        close(output.scores, subject.output.scores[order])
+
+
+def test_groups_are_names_and_know_nothing_of_each_other(subject: Subject) -> None:
+    batch = subject.batch
+    if batch.groups is None:
+        pytest.skip("its batch has no groups")
+    close(subject.reward.score(replace(batch, groups=100 - batch.groups)).scores, subject.output.scores)
+    if subject.reward.spec.scope in ("point", "group"):
+        rows = (batch.groups == batch.groups[0]).nonzero()[:, 0]
+        close(subject.reward.score(batch.take(rows)).scores, subject.output.scores[rows])
 
 
 def test_order_of_inputs_is_kept(subject: Subject) -> None:
