@@ -25,6 +25,7 @@ ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
+ACTING |= {"weights", "qwen_pixels", "qwen_reader"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts"}
 DOORS = {"train", "cli", "api", "demo"}
@@ -34,7 +35,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
-    "rewards": {"scoring", "features", "preprocess", "judges", "toybox"},
+    "rewards": {"scoring", "features", "preprocess", "judges", "toybox", "weights", "qwen_pixels", "qwen_reader"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
     "toybox": {"scoring", "toybox", "schedules"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,
