@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tests import tiny_models
 from visalign import registry
 from visalign.features import locate
 from visalign.scoring import Reward, RewardInput
@@ -68,9 +69,15 @@ def _geneval(folder: Path) -> Reward:
 
 
 FACTORIES: dict[str, Callable[[Path], Reward]] = {
+    "aesthetic": lambda folder: _class("aesthetic")(checkpoint="toybox", head=tiny_models.aesthetic_head(folder / "head.pth", 96)),
     "clip_score": lambda folder: _class("clip_score")(checkpoint="toybox"),
     "geneval": _geneval,
+    "hps": lambda folder: _class("hps")(checkpoint="toybox"),
+    "hps3": lambda folder: _class("hps3")(checkpoint=tiny_models.hps3(folder), dtype="fp32"),
+    "image_reward": lambda folder: _class("image_reward")(checkpoint=tiny_models.blip(folder)),
     "pickscore": lambda folder: _class("pickscore")(checkpoint=tiny_clip(folder)),
+    "segmental": lambda folder: _class("segmental")(of=_class("clip_score")(checkpoint="toybox"), random=False),
+    "video_reward": lambda folder: _class("video_reward")(checkpoint=tiny_models.video_reward(folder), dtype="fp32"),
 }
 
 
