@@ -25,9 +25,10 @@ ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
-ACTING |= {"composite", "perturb", "reward_check", "judge_client"}
+ACTING |= {"composite", "perturb", "reward_check", "judge_client", "weights", "qwen_pixels", "qwen_reader"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience"}
+ACTING_FOR_REWARDS = ACTING - {"policy", "sampling", "solvers", "branching", "reward_check", "judge_client"}
 DOORS = {"train", "cli", "api", "demo"}
 MAY_IMPORT = {  # group -> what of visalign its files may import, besides each other and errors
     "data": set(),
@@ -35,7 +36,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
-    "rewards": {"scoring", "composite", "perturb", "features", "preprocess", "judges", "toybox"},
+    "rewards": ACTING_FOR_REWARDS | {"toybox"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
     "toybox": {"scoring", "toybox", "schedules", "judges"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,

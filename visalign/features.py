@@ -94,13 +94,13 @@ class DualEncoder(nn.Module, ABC):
 
 
 class OpenClipEncoder(DualEncoder):
-    """An open_clip model. `name` is what `open_clip.create_model` takes: `local-dir:FOLDER` or `hf-hub:ID`."""
+    """An open_clip model. `name` is what `open_clip.create_model` takes: `local-dir:FOLDER`, `hf-hub:ID`, or a model that `weights` fit."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, weights: str | None = None):
         import open_clip
 
         # Without `require_pretrained`, a folder without weights gives a random model and a log line.
-        model: Any = open_clip.create_model(name, require_pretrained=True)
+        model: Any = open_clip.create_model(name, weights, require_pretrained=True)
         self.tokenizer: Any = open_clip.get_tokenizer(name)
         official = model.visual.preprocess_cfg
         size = official["size"]
@@ -111,7 +111,7 @@ class OpenClipEncoder(DualEncoder):
             interpolation="bilinear" if official["interpolation"] == "bilinear" else "bicubic",
             aspect=OPEN_CLIP_ASPECTS[official["resize_mode"]],
         )
-        super().__init__(model, name, preprocess, self.tokenizer.context_length)
+        super().__init__(model, weights or name, preprocess, self.tokenizer.context_length)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -168,26 +168,25 @@ def _tensor(output: Any) -> Tensor:
 _loaded: WeakValueDictionary[tuple[str, str], DualEncoder] = WeakValueDictionary()
 
 
-def load_dual_encoder(checkpoint: str, processor: str | None = None) -> DualEncoder:
+def load_dual_encoder(checkpoint: str, processor: str | None = None, architecture: str | None = None) -> DualEncoder:
     """The frozen encoder of a checkpoint, the same object for as long as somebody holds it.
 
     Args:
         checkpoint: `toybox` or `toybox/clip`; a folder (open_clip's, or one that transformers loads); `local-dir:FOLDER`; `hf-hub:ID`
             (open_clip); a hub id (open_clip's files if it has them, else transformers).
         processor: where tokenizer and picture processor of a transformers model come from, if its checkpoint lacks them.
+        architecture: open_clip's name of the model, if `checkpoint` is a file of weights alone.
 
     Raises:
         UserError: the checkpoint is missing or broken.
     """
-    from safetensors import SafetensorError
-
-    name = locate(checkpoint)
-    key = (name, processor or name)
+    name = checkpoint if architecture else locate(checkpoint)
+    key = (name, architecture or processor or name)
     encoder = _loaded.get(key)
     if encoder is None:
         try:
-            encoder = _build(name, processor)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            encoder = OpenClipEncoder(architecture, name) if architecture else _build(name, processor)
+        except Exception as error:  # a broken file makes the libraries raise almost anything
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
                 f"checkpoint {checkpoint!r} cannot be loaded as a CLIP-like encoder: {reason}; give a folder of open_clip or transformers, "

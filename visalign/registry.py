@@ -28,7 +28,7 @@ from visalign.policy import PRECISIONS, Family, Policy
 from visalign.scoring import Panel, Reward
 
 KINDS = ("rewards", "trainers", "families")
-TOYBOX_CHECKPOINTS = {"clip_score": "toybox/clip", "pickscore": "toybox/clip"}  # what `checkpoint: auto` means on the toybox
+TOYBOX_CHECKPOINTS = dict.fromkeys(("clip_score", "hps", "pickscore"), "toybox/clip")  # what `checkpoint: auto` means on the toybox
 
 
 def names(kind: str) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tests import tiny_models
 from tests.conftest import save_tiny_vlm
 from visalign import registry
 from visalign.features import locate
@@ -79,19 +80,25 @@ def _calibrated(reward: Reward) -> Reward:
 
 
 FACTORIES: dict[str, Callable[[Path], Reward]] = {
+    "aesthetic": lambda folder: _class("aesthetic")(checkpoint="toybox", head=tiny_models.aesthetic_head(folder / "head.pth", 96)),
     "clip_score": lambda folder: _clip(),
     "directional": lambda folder: _calibrated(_class("directional")(of=_clip(), steps=20)),
     "gate": lambda folder: _class("gate")({"clip": (_clip(), 1.0), "ok": (_class("toybox")(), 1.0)}, gate="ok", threshold=0, failed=-1.0),
     "geneval": _geneval,
+    "geometric": lambda folder: _class("geometric")({"clip": (_clip(), 2.0), "goal": (_clip(baseline="a picture"), 1.0)}),
+    "hps": lambda folder: _class("hps")(checkpoint="toybox"),
+    "hps3": lambda folder: _class("hps3")(checkpoint=tiny_models.hps3(folder), dtype="fp32"),
+    "image_reward": lambda folder: _class("image_reward")(checkpoint=tiny_models.blip(folder)),
     "listener": lambda folder: _class("listener")(checkpoint=save_tiny_vlm(folder), listener=str(folder)),
     "pairwise_winrate": lambda folder: _class("pairwise_winrate")(checkpoint=save_tiny_vlm(folder)),
-    "prompt_echo": lambda folder: _class("prompt_echo")(checkpoint=save_tiny_vlm(folder)),
-    "vlm_rating": lambda folder: _class("vlm_rating")(checkpoint=save_tiny_vlm(folder)),
-    "vlm_yes": lambda folder: _class("vlm_yes")(checkpoint=save_tiny_vlm(folder)),
-    "geometric": lambda folder: _class("geometric")({"clip": (_clip(), 2.0), "goal": (_clip(baseline="a picture"), 1.0)}),
     "pickscore": lambda folder: _class("pickscore")(checkpoint=tiny_clip(folder)),
+    "prompt_echo": lambda folder: _class("prompt_echo")(checkpoint=save_tiny_vlm(folder)),
+    "segmental": lambda folder: _class("segmental")(of=_class("clip_score")(checkpoint="toybox"), random=False),
     "shaped": lambda folder: _calibrated(_class("shaped")(of=_clip())),
     "uncertainty": lambda folder: _class("uncertainty")(of=_clip(), changes=2),  # a third is JPEG, whose gradient is not its slope
+    "video_reward": lambda folder: _class("video_reward")(checkpoint=tiny_models.video_reward(folder), dtype="fp32"),
+    "vlm_rating": lambda folder: _class("vlm_rating")(checkpoint=save_tiny_vlm(folder)),
+    "vlm_yes": lambda folder: _class("vlm_yes")(checkpoint=save_tiny_vlm(folder)),
 }
 
 
