@@ -61,7 +61,10 @@ class Listener(Reward):
         silent = torch.tensor([text is None for text in said]) | ~batch.images.flatten(1).isfinite().all(1).cpu()
         own, other = (torch.where(silent, torch.nan, self._yes(who, told)).to(batch.images.device) for who in (self.judge, self.listener))
         parts = {"judge": own, "listener": other}
-        return RewardOutput.of((own + other) / 2, components=parts, uncertainty=(own - other).abs() / 2, info={"texts": said})
+        errors = [mine or theirs for mine, theirs in zip(self.judge.errors(own), self.listener.errors(other), strict=True)]
+        return RewardOutput.of(
+            (own + other) / 2, components=parts, uncertainty=(own - other).abs() / 2, info={"texts": said, "errors": errors}
+        )
 
     @staticmethod
     def _yes(who: Judge, questions: list[Question]) -> Tensor:

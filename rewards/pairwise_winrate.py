@@ -75,7 +75,8 @@ class PairwiseWinRate(Reward):
             wins[j, i], wins[i, j] = second, 1 - second
             gaps[j, i] = gaps[i, j] = (forth - (1 - back)).abs() / 2
         device = batch.images.device
-        return RewardOutput.of(wins.nanmean(1).to(device), uncertainty=gaps.nanmean(1).to(device))
+        rate = wins.nanmean(1)
+        return RewardOutput.of(rate.to(device), uncertainty=gaps.nanmean(1).to(device), info={"errors": self.judge.errors(rate)})
 
     def _second_wins(self, batch: RewardInput, pairs: list[tuple[int, int]]) -> Tensor:
         """(P,) probability that the second picture of each pair is the better one."""

@@ -62,7 +62,7 @@ class PromptEcho(Reward):
             scores = scores - self._without_looking(batch).to(scores)
         words = [None if e is None else list(zip(e.tokens, e.log_probs.detach().tolist(), strict=True)) for e in echoes]
         parts = {"least": torch.stack([v.detach().float().to(sound.device) for v in least])}
-        return RewardOutput.of(scores, components=parts, info={"words": words})
+        return RewardOutput.of(scores, components=parts, info={"words": words, "errors": self.judge.errors(scores)})
 
     def _echoes(self, images: Tensor, prompts: list[str]) -> list[Echo | None]:
         asked = [n for n, prompt in enumerate(prompts) if prompt.strip()]

@@ -7,15 +7,15 @@ same moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from visalign.composite import Composite
 from visalign.errors import UserError
-from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
+from visalign.scoring import Reward, RewardInput, RewardOutput
 
 
 def frame_weights(frames: Tensor, count: int, attenuation: float) -> Tensor:
@@ -23,7 +23,7 @@ def frame_weights(frames: Tensor, count: int, attenuation: float) -> Tensor:
     return torch.exp(-attenuation * (frames - count // 2).abs().float())
 
 
-class Segmental(Reward):
+class Segmental(Composite):
     """(1/S) Σ f_s · r(frame i_s), differentiable if r is (Yuan et al. 2024, InstructVideo, arXiv 2312.12490, section 3.3).
 
     The weights f are not normalised: with λ = 1 the segments around the middle alone matter, and the score is smaller than r.
@@ -52,22 +52,13 @@ class Segmental(Reward):
         inner = of.spec
         if inner.modality != "image" or inner.scope != "point":
             raise UserError(f"segmental: {inner.name} scores {inner.modality}s, {inner.scope} scope; expected a reward of single pictures")
-        self.of, self.segments, self.attenuation = of, segments, attenuation
+        self.segments, self.attenuation = segments, attenuation
         self.random = random and segments is not None
         self.generator = torch.Generator().manual_seed(seed)
         low, high = inner.range
-        self.spec = RewardSpec(
-            name="segmental",
-            version=inner.version,
-            modality="video",
-            differentiable=inner.differentiable,
-            deterministic=inner.deterministic and not self.random,
-            needs=inner.needs | {"video"},
-            range=(min(low, 0.0), max(high, 0.0)) if attenuation else inner.range,
-            higher_is_better=inner.higher_is_better,
-            licence=inner.licence,
-            model_id=inner.model_id,
-        )
+        limits = (min(low, 0.0), max(high, 0.0)) if attenuation else inner.range
+        steady, needs = inner.deterministic and not self.random, inner.needs | {"video"}
+        super().__init__(of, name="segmental", modality="video", deterministic=steady, needs=needs, range=limits)
 
     def frames(self, count: int) -> Tensor:
         """(S,) int64, a frame of each segment of `count` frames."""
@@ -90,7 +81,7 @@ class Segmental(Reward):
             metadata=[metadata for metadata in batch.metadata for _ in range(size)],
             references=None if batch.references is None else [item for item in batch.references for _ in range(size)],
         )
-        output = self.of.score(still)
+        output = next(iter(self.panel.score(still).outputs.values()))
         scores = output.scores.view(count, size)
         weights = frame_weights(frames, batch.video.shape[1], self.attenuation).to(scores.device)
         return RewardOutput.of(
@@ -99,19 +90,11 @@ class Segmental(Reward):
             info={"frames": tuple(frames.tolist())},
         )
 
-    def prepare(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-        self.of.prepare(prompts, metadata)
-
-    def to(self, device: torch.device | str) -> Reward:
-        self.of.to(device)
-        return self
-
     def state_dict(self) -> dict[str, Tensor]:
         """The inner reward's, and the state of the random frames."""
-        inner = {f"of.{name}": value for name, value in self.of.state_dict().items()}
-        return inner | ({"generator": self.generator.get_state()} if self.random else {})
+        return super().state_dict() | ({"generator": self.generator.get_state()} if self.random else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if "generator" in state:
             self.generator.set_state(state["generator"])
-        self.of.load_state_dict({name.removeprefix("of."): value for name, value in state.items() if name.startswith("of.")})
+        super().load_state_dict({name: value for name, value in state.items() if name != "generator"})

@@ -68,4 +68,5 @@ class VlmRating(Reward):
         rating = torch.where(sound, share @ numbers, torch.nan)  # (A, N)
         spread = (share @ numbers.square() - rating.square()).clamp_min(0).sqrt().detach()
         components = dict(zip(self.aspects, rating, strict=True))
-        return RewardOutput.of((rating.mean(0) - 1) / 4, components=components, uncertainty=spread.mean(0) / 4)
+        info = {"errors": self.judge.errors(rating.mean(0))}
+        return RewardOutput.of((rating.mean(0) - 1) / 4, components=components, uncertainty=spread.mean(0) / 4, info=info)

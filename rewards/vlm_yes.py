@@ -71,6 +71,7 @@ class VlmYes(Reward):
         odds = torch.where(batch.images.flatten(1).isfinite().all(1), odds.to(batch.images.device), torch.nan)
         probability = odds.sigmoid()
         components = {"probability": probability, "log_odds": odds}
+        info["errors"] = self.judge.errors(odds)
         return RewardOutput.of(components[self.form], components=components, uncertainty=spread, info=info)
 
     def _odds(self, batch: RewardInput) -> tuple[Tensor, Tensor | None, dict[str, list[str | None]]]:

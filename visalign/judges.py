@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from visalign.errors import UserError
 from visalign.features import locate
-from visalign.preprocess import Preprocess, of_processor
+from visalign.preprocess import of_processor
+from visalign.qwen_pixels import QwenPixels
 
 CACHED_TEXTS = 4096  # tokenised texts kept; the oldest leave first
 EIGHT_BITS = 0.05  # most that two picture pipelines may differ, in units of the normalised input: PIL rounds to 8 bits
@@ -61,6 +62,10 @@ class Judge(ABC):
     name: str
     differentiable: bool = False
     last_error: str = ""
+
+    def errors(self, scores: Tensor) -> list[str | None]:
+        """Why scores (N,) made of this judge's answers are missing, for `info["errors"]`; None for those that are there."""
+        return [None if there else self.last_error or "the picture isn't finite" for there in scores.isfinite().tolist()]
 
     @abstractmethod
     def choose(self, questions: Sequence[Question], words: Sequence[str]) -> Tensor:
@@ -239,13 +244,9 @@ def tensor_pixels(processor: Any) -> Callable[[Sequence[Tensor]], dict[str, Tens
     It is tried against the processor itself on two sizes before it is trusted.
     """
     try:
-        preprocess: Preprocess = of_processor(processor)
+        pixels = _qwen_pixels(processor) if hasattr(processor, "merge_size") else _plain_pixels(processor)
     except (KeyError, TypeError, AttributeError, ValueError):
         return None
-
-    def pixels(images: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat([preprocess(image[None]) for image in images])}
-
     generator = torch.Generator().manual_seed(0)
     for size in ((40, 56), (97, 64)):
         image = torch.rand(3, *size, generator=generator)
@@ -255,6 +256,21 @@ def tensor_pixels(processor: Any) -> Callable[[Sequence[Tensor]], dict[str, Tens
         same = set(theirs) == set(ours) and all(theirs[name].shape == ours[name].shape for name in ours)
         if not same or any((theirs[name] - ours[name]).abs().max() > EIGHT_BITS for name in ours):
             return None
+    return pixels
+
+
+def _plain_pixels(processor: Any) -> Callable[[Sequence[Tensor]], dict[str, Tensor]]:
+    preprocess = of_processor(processor)
+    return lambda images: {"pixel_values": torch.cat([preprocess(image[None]) for image in images])}
+
+
+def _qwen_pixels(processor: Any) -> Callable[[Sequence[Tensor]], dict[str, Tensor]]:
+    patches = QwenPixels.of(processor)
+
+    def pixels(images: Sequence[Tensor]) -> dict[str, Tensor]:
+        rows, grids = zip(*(patches(image[None]) for image in images), strict=True)
+        return {"pixel_values": torch.cat(rows), "image_grid_thw": torch.cat(grids)}
+
     return pixels
 
 
