@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign import judges
 from visalign.judges import Judge, Question, load_judge
+from visalign.questions import REASON, before_verdict, fill
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 
@@ -55,9 +55,9 @@ class Listener(Reward):
     def score(self, batch: RewardInput) -> RewardOutput:
         """(N,) float32 in [0, 1]; invalid where either failed or a picture isn't finite."""
         pairs = zip(batch.images, batch.prompts, strict=True)
-        questions = [Question((image,), judges.fill(judges.REASON, prompt, self.task)) for image, prompt in pairs]
+        questions = [Question((image,), fill(REASON, prompt, self.task)) for image, prompt in pairs]
         said = self.judge.write(questions)
-        told = [replace(q, answer=judges.before_verdict(text or "")) for q, text in zip(questions, said, strict=True)]
+        told = [replace(q, answer=before_verdict(text or "")) for q, text in zip(questions, said, strict=True)]
         silent = torch.tensor([text is None for text in said]) | ~batch.images.flatten(1).isfinite().all(1).cpu()
         own, other = (torch.where(silent, torch.nan, self._yes(who, told)).to(batch.images.device) for who in (self.judge, self.listener))
         parts = {"judge": own, "listener": other}

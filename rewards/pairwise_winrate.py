@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from visalign import judges
 from visalign.errors import UserError
 from visalign.judges import Judge, Question, load_judge
+from visalign.questions import PAIR, fill
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 
@@ -83,6 +83,6 @@ class PairwiseWinRate(Reward):
         if not pairs:
             return torch.zeros(0)
         images = list(batch.images)
-        questions = [Question((images[a], images[b]), judges.fill(judges.PAIR, batch.prompts[a], self.task)) for a, b in pairs]
+        questions = [Question((images[a], images[b]), fill(PAIR, batch.prompts[a], self.task)) for a, b in pairs]
         yes, no = self.judge.choose(questions, ("yes", "no")).cpu().unbind(1)
         return (yes - no).sigmoid()

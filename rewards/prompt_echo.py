@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.judges import CAPTION, Echo, Judge, Question, load_judge
+from visalign.judges import Echo, Judge, Question, load_judge
+from visalign.questions import CAPTION
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from visalign import judges
 from visalign.judges import Judge, Question, load_judge
+from visalign.questions import RATE, fill
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 ASPECTS = {
@@ -59,7 +59,7 @@ class VlmRating(Reward):
         """(N,) float32 in [0, 1]; invalid where the judge failed or a picture isn't finite."""
         sound = batch.images.flatten(1).isfinite().all(1)
         questions = [
-            Question((image,), judges.fill(judges.RATE, prompt, ASPECTS[aspect]))
+            Question((image,), fill(RATE, prompt, ASPECTS[aspect]))
             for aspect in self.aspects
             for image, prompt in zip(batch.images, batch.prompts, strict=True)
         ]

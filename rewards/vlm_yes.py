@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from visalign import judges
 from visalign.errors import UserError
 from visalign.judges import Judge, Question, load_judge
+from visalign.questions import PAIR, POINT, REASON, before_verdict, fill
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 
@@ -78,20 +78,20 @@ class VlmYes(Reward):
         """(N,) log-odds of yes, their uncertainty in the unit of the score, and what the judge said."""
         if self.mode == "pair":
             return *self._compared(batch), {}
-        template = judges.REASON if self.reason else judges.POINT
+        template = REASON if self.reason else POINT
         questions = [
-            Question((image,), judges.fill(template, prompt, self.task)) for image, prompt in zip(batch.images, batch.prompts, strict=True)
+            Question((image,), fill(template, prompt, self.task)) for image, prompt in zip(batch.images, batch.prompts, strict=True)
         ]
         if not self.reason:
             return self._yes(questions), None, {}
         said = self.judge.write(questions)
-        questions = [replace(q, answer=judges.before_verdict(text or "")) for q, text in zip(questions, said, strict=True)]
+        questions = [replace(q, answer=before_verdict(text or "")) for q, text in zip(questions, said, strict=True)]
         return self._yes(questions), None, {"texts": said}
 
     def _compared(self, batch: RewardInput) -> tuple[Tensor, Tensor | None]:
         assert batch.references is not None
         pairs = zip(batch.images, batch.references, batch.prompts, strict=True)
-        shown = [((reference[0].to(image), image), judges.fill(judges.PAIR, prompt, self.task)) for image, reference, prompt in pairs]
+        shown = [((reference[0].to(image), image), fill(PAIR, prompt, self.task)) for image, reference, prompt in pairs]
         first = self._yes([Question(pictures, text) for pictures, text in shown])
         if not self.swap:
             return first, None

@@ -13,7 +13,8 @@ import torch
 from tests.judge_server import JudgeServer, serving
 from visalign.errors import UserError
 from visalign.judge_client import ServerJudge
-from visalign.judges import CAPTION, POINT, LocalJudge, Question, fill, load_judge
+from visalign.judges import LocalJudge, Question, load_judge
+from visalign.questions import CAPTION, POINT, fill
 
 
 @pytest.fixture(scope="module")

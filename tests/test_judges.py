@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from visalign.errors import UserError
-from visalign.judges import CAPTION, PAIR, POINT, REASON, LocalJudge, Question, before_verdict, fill, load_judge
+from visalign.judges import LocalJudge, Question, load_judge
+from visalign.questions import CAPTION, PAIR, POINT, REASON, before_verdict, fill
 
 
 @pytest.fixture(scope="module")

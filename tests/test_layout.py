@@ -25,7 +25,7 @@ ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
-ACTING |= {"composite", "perturb", "reward_check", "judge_client", "weights", "qwen_pixels", "qwen_reader"}
+ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience"}
 ACTING_FOR_REWARDS = ACTING - {"policy", "sampling", "solvers", "branching", "reward_check", "judge_client"}
@@ -38,7 +38,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
     "rewards": ACTING_FOR_REWARDS | {"toybox"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
-    "toybox": {"scoring", "toybox", "schedules", "judges"},
+    "toybox": {"scoring", "toybox", "schedules", "judges", "questions"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,
 }
 GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "doors": DOORS}

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from tests.conftest import save_tiny_vlm
-from visalign.judges import REASON, Question, before_verdict, fill, load_judge
+from visalign.judges import Question, load_judge
+from visalign.questions import REASON, before_verdict, fill
 from visalign.rewards.listener import Listener
 from visalign.scoring import RewardInput
 

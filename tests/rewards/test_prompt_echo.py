@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from visalign.judges import CAPTION, Question, load_judge
+from visalign.judges import Question, load_judge
+from visalign.questions import CAPTION
 from visalign.rewards.prompt_echo import PromptEcho
 from visalign.scoring import RewardInput
 

@@ -96,7 +96,7 @@ def test_what_is_passed_on() -> None:
     assert inner.prepared == ["x"]
     assert reward.spec.differentiable
     assert reward.spec.needs == {"prompt", "video"}
-    assert set(reward.state_dict()) == {"of.weight", "generator"}
+    assert set(reward.state_dict()) == {"brightness/weight", "generator"}
     built = registry.load_reward("segmental", of={"use": "clip_score", "checkpoint": "toybox"}, segments=2)
     assert isinstance(built, Segmental)
 

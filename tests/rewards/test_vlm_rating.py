@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from visalign.judges import RATE, Question, fill, load_judge
+from visalign.judges import Question, load_judge
+from visalign.questions import RATE, fill
 from visalign.rewards.vlm_rating import ASPECTS, VlmRating
 from visalign.scoring import RewardInput
 

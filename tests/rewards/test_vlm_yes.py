@@ -9,7 +9,8 @@ import torch
 
 from tests.judge_server import serving
 from visalign.errors import UserError
-from visalign.judges import PAIR, LocalJudge, Question, fill, load_judge
+from visalign.judges import LocalJudge, Question, load_judge
+from visalign.questions import PAIR, fill
 from visalign.rewards.vlm_yes import VlmYes
 from visalign.scoring import RewardInput
 

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from visalign.judges import CAPTION, PAIR, POINT, RATE, REASON, TASKS, fill
+from visalign.questions import CAPTION, PAIR, POINT, RATE, REASON, TASKS, fill
 from visalign.toybox import scenes
 from visalign.toybox.build_clip import augment, waves
 from visalign.toybox.build_sd3 import words

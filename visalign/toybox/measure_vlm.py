@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visalign.judges import CAPTION, PAIR, POINT, RATE, LocalJudge, Question, fill
+from visalign.judges import LocalJudge, Question
+from visalign.questions import CAPTION, PAIR, POINT, RATE, fill
 from visalign.toybox import scenes
 from visalign.toybox.vlm_lessons import rival
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from visalign.judges import CAPTION, POINT, RATE, REASON, fill
+from visalign.questions import CAPTION, POINT, RATE, REASON, fill
 from visalign.toybox import scenes
 
 PATCH = 8  # pixels
