@@ -25,8 +25,10 @@ ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
+ACTING |= {"vision"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
-PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts"}
+PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "rewarding"}
+REFERENCES = {"references"}
 DOORS = {"train", "cli", "api", "demo"}
 MAY_IMPORT = {  # group -> what of visalign its files may import, besides each other and errors
     "data": set(),
@@ -34,12 +36,13 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
-    "rewards": {"scoring", "features", "preprocess", "judges", "toybox"},
+    "references": {"pictures", "preprocess", "scoring", "toybox"},
+    "rewards": DATA | {"scoring", "features", "vision", "references", "preprocess", "pictures", "judges", "monitors", "toybox"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
     "toybox": {"scoring", "toybox", "schedules"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,
 }
-GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "doors": DOORS}
+GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "references": REFERENCES, "doors": DOORS}
 PLUG_INS = ("families", "rewards", "trainers")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from visalign import checkpoint, prompts, registry
+from visalign import checkpoint, prompts, registry, rewarding
 from visalign.config import Config, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
@@ -46,6 +46,7 @@ def trainer(config: Config) -> Trainer:
                 f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)"
             )
     judges = registry.build_panel(config.eval.rewards, config.policy.model, processes.device)
+    rewarding.share(judges, config.eval.rewards, rewards, config.rewards)
     built = kind(Session(config, processes, learner, rewards, judges, train_prompts, test_prompts))
     if processes.main:
         write_config(config)

@@ -7,7 +7,7 @@ Differentiable, so that scores carry gradients to pictures, and equal to a check
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Preprocess:
         aspect: "crop" scales the short side and cuts the middle, "letterbox" scales the long side and pads with black, "stretch" scales
             both.
         rounds: where an odd margin is halved: rounded (torchvision, open_clip) or truncated (transformers).
+        scaled: (height, width) that the checkpoint's own aspect scales to before the middle `size` is cut out; None for `size`.
     """
 
     size: tuple[int, int]
@@ -37,6 +38,26 @@ class Preprocess:
     interpolation: str = "bicubic"
     aspect: Aspect = "crop"
     rounds: bool = True
+    scaled: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, official: Any) -> Preprocess:
+        """What an image processor of transformers does. Raises KeyError where it does something else, such as keeping every aspect."""
+        crops = bool(getattr(official, "do_center_crop", False))
+        short = dict(official.size).get("shortest_edge") if crops else None
+        scaled = (short, short) if short else (official.size["height"], official.size["width"])
+        size = (official.crop_size["height"], official.crop_size["width"]) if crops else scaled
+        low, span = (-1, 2) if getattr(official, "rescale_offset", False) else (0, 1)  # the interval that pixels are rescaled to
+        mean, std = (official.image_mean, official.image_std) if official.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        return cls(
+            size=size,
+            mean=tuple((m - low) / span for m in mean),
+            std=tuple(s / span for s in std),
+            interpolation={2: "bilinear", 3: "bicubic"}[int(official.resample)],
+            aspect="crop" if short else "stretch",
+            rounds=False,
+            scaled=scaled if scaled != size else None,
+        )
 
     def __call__(self, images: Tensor, aspect: Aspect | None = None) -> Tensor:
         """(N, 3, H, W) in [0, 1] to (N, 3, height, width) float32, normalised; differentiable."""
@@ -52,7 +73,7 @@ class Preprocess:
 
     def _scaled(self, height: int, width: int, aspect: Aspect) -> tuple[int, int]:
         """Size after scaling; the free side of a crop is truncated and that of a letterbox rounded, as the official transforms do."""
-        high, wide = self.size
+        high, wide = self.scaled if self.scaled and aspect == self.aspect else self.size
         if aspect == "stretch":
             return high, wide
         if aspect == "letterbox":

@@ -26,7 +26,8 @@ from visalign.policy import PRECISIONS, Family, Policy
 from visalign.scoring import Panel, Reward
 
 KINDS = ("rewards", "trainers", "families")
-TOYBOX_CHECKPOINTS = {"clip_score": "toybox/clip", "pickscore": "toybox/clip"}  # what `checkpoint: auto` means on the toybox
+TOYBOX_CHECKPOINTS = dict.fromkeys(("clip_score", "pickscore", "lambda_harmonic"), "toybox/clip")  # `checkpoint: auto` on the toybox
+TOYBOX_CHECKPOINTS |= dict.fromkeys(("adversarial", "dino", "diversity"), "toybox/dino")
 
 
 def names(kind: str) -> list[str]:

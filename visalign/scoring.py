@@ -128,6 +128,13 @@ class Reward(ABC):
         """Fill caches (text features, references) for prompts that will come; scoring without it gives the same scores."""
         del prompts, metadata
 
+    def real(self, batch: RewardInput) -> RewardInput:
+        """What `update` holds against a batch of generated pictures; here its references, each prompt's as often as it has pictures."""
+        if batch.references is None:
+            raise RewardError(f"reward {self.spec.name} learns from references, and this batch has none")
+        owner = torch.tensor([row for row, own in enumerate(batch.references) for _ in own])
+        return replace(batch.take(owner), images=torch.cat(batch.references), references=None)
+
     def update(self, real: RewardInput, fake: RewardInput) -> dict[str, float]:
         """One training step of a trainable reward; returns metrics and changes `spec.version`."""
         raise RewardError(f"reward {self.spec.name} is not trainable")

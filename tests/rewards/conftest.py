@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tests.conftest import tiny_dino
 from visalign import registry
 from visalign.features import locate
 from visalign.scoring import Reward, RewardInput
@@ -53,6 +55,11 @@ def tiny_detector(folder: Path) -> str:
     return str(folder)
 
 
+def dino_folder(folder: Path) -> str:
+    """The toybox's DINO where it has been made, else a tiny one."""
+    return "toybox/dino" if registry.asset("toybox/dino").is_dir() else tiny_dino(folder / "dino")
+
+
 def _class(name: str) -> type[Reward]:
     return registry.load("rewards", name)
 
@@ -68,6 +75,12 @@ def _geneval(folder: Path) -> Reward:
 
 
 FACTORIES: dict[str, Callable[[Path], Reward]] = {
+    # Rounded pictures have no differences to compare gradients with.
+    "adversarial": lambda folder: _class("adversarial")(checkpoint=dino_folder(folder), references="toybox", eight_bits=False),
+    "condition": lambda folder: _class("condition")(references="toybox"),
+    "dino": lambda folder: _class("dino")(checkpoint=dino_folder(folder), references="toybox"),
+    "diversity": lambda folder: _class("diversity")(checkpoint=dino_folder(folder)),
+    "lambda_harmonic": lambda folder: _class("lambda_harmonic")(checkpoint=tiny_clip(folder), references="toybox"),
     "clip_score": lambda folder: _class("clip_score")(checkpoint="toybox"),
     "geneval": _geneval,
     "pickscore": lambda folder: _class("pickscore")(checkpoint=tiny_clip(folder)),
@@ -94,6 +107,11 @@ def scene_batch() -> RewardInput:
     )
 
 
+def bare_batch() -> RewardInput:
+    """The same pictures without references of their own: among those of `scene_batch` is the picture itself, whose cosine has no slope."""
+    return replace(scene_batch(), references=None)
+
+
 def coco_batch() -> RewardInput:
     """The same pictures, asking for objects of photographs."""
     batch = scene_batch()
@@ -115,7 +133,7 @@ def text_batch() -> RewardInput:
     return RewardInput((images + noise).clamp(0.02, 0.98), [f'a sign that says "{text}"' for text in ("OPEN", "HOUSE")])
 
 
-BATCHES: dict[str, Callable[[], RewardInput]] = {"geneval": coco_batch, "ocr": text_batch}
+BATCHES: dict[str, Callable[[], RewardInput]] = {"dino": bare_batch, "geneval": coco_batch, "ocr": text_batch}
 
 
 @pytest.fixture(scope="session")
