@@ -48,7 +48,7 @@ class Diversity(Reward):
         self.encoder = None if measure == "tonal" else load_vision_encoder(checkpoint)
 
     def score(self, batch: RewardInput) -> RewardOutput:
-        """(N,) float32; embeddings "diversity" (N, D)."""
+        """(N,) float32; embeddings "diversity" (N, D), where there is an encoder."""
         assert batch.groups is not None, "the panel refuses a batch without groups"
         features = tones(batch.images) if self.encoder is None else self.encoder.encode(batch.images).image
         sound = features.isfinite().all(1)
@@ -61,7 +61,7 @@ class Diversity(Reward):
         return RewardOutput.of(
             member if self.form == "member" else whole,
             components={"member": member, "set": whole},
-            embeddings={"diversity": features.detach()},
+            embeddings={"diversity": features.detach()} if self.encoder else {},
         )
 
     def _measure(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ class Processes:
         shared = {name: value.detach().to(self.device, copy=True).contiguous() for name, value in tensors.items()}
         for value in shared.values():
             torch.distributed.broadcast(value, 0)
-        return shared
+        return {name: value.to(tensors[name].device) for name, value in shared.items()}
 
     def agree(self, value: str) -> str:
         """The main process's value, on all of them."""

@@ -44,8 +44,9 @@ class Preprocess:
     def of(cls, official: Any) -> Preprocess:
         """What an image processor of transformers does. Raises KeyError where it does something else, such as keeping every aspect."""
         crops = bool(getattr(official, "do_center_crop", False))
-        short = dict(official.size).get("shortest_edge") if crops else None
-        scaled = (short, short) if short else (official.size["height"], official.size["width"])
+        asked = dict(official.size)
+        short = asked.get("shortest_edge") if crops else None
+        scaled = (short, short) if short else (asked["height"], asked["width"])
         size = (official.crop_size["height"], official.crop_size["width"]) if crops else scaled
         low, span = (-1, 2) if getattr(official, "rescale_offset", False) else (0, 1)  # the interval that pixels are rescaled to
         mean, std = (official.image_mean, official.image_std) if official.do_normalize else ((0.0,) * 3, (1.0,) * 3)

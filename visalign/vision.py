@@ -56,8 +56,11 @@ class FrozenVision(nn.Module):
 
     def _run(self, images: Tensor, aspect: Aspect | None, **options: Any) -> Any:
         parameter = next(self.model.parameters())
-        with torch.autocast(parameter.device.type, enabled=False):
-            return self.model(self.preprocess(images.to(parameter.device), aspect).to(parameter.dtype), **options)
+        return self.model(self.preprocess(images.to(parameter.device), aspect).to(parameter.dtype), **options)
+
+    def _exact(self) -> torch.autocast:
+        """A context that the caller's autocast doesn't reach."""
+        return torch.autocast(next(self.model.parameters()).device.type, enabled=False)
 
 
 class VisionEncoder(FrozenVision):
@@ -90,11 +93,12 @@ class VisionEncoder(FrozenVision):
         """
         inner = any(layer not in (-1, self.depth) for layer in layers)
         more = {"interpolate_pos_encoding": True} if self.model.config.model_type.startswith(("clip", "siglip")) else {}
-        output = self._run(images, aspect, output_hidden_states=inner, **more)
-        last = output.last_hidden_state
-        if self.model.config.model_type.startswith("clip"):  # the one tower that norms its pooled token alone
-            last = self.norm(last)
-        tokens = [last if layer in (-1, self.depth) else self.norm(output.hidden_states[layer]) for layer in layers]
+        with self._exact():
+            output = self._run(images, aspect, output_hidden_states=inner, **more)
+            last = output.last_hidden_state
+            if self.model.config.model_type.startswith("clip"):  # the one tower that norms its pooled token alone
+                last = self.norm(last)
+            tokens = [last if layer in (-1, self.depth) else self.norm(output.hidden_states[layer]) for layer in layers]
         count = self.grid[0] * self.grid[1]  # class and register tokens come before the patches
         patches = torch.cat([F.normalize(token[:, -count:].float(), dim=-1) for token in tokens], -1) / len(tokens) ** 0.5
         return VisualFeatures(F.normalize(output.pooler_output.float(), dim=-1), patches, self.grid)
@@ -114,7 +118,8 @@ class MapPredictor(FrozenVision):
 
         Pictures are stretched to the model's input: a map covers the whole picture.
         """
-        output = self._run(images, "stretch")
+        with self._exact():
+            output = self._run(images, "stretch")
         return (output.predicted_depth[:, None] if self.task == "depth" else output.logits).float()
 
 

@@ -43,8 +43,15 @@ def test_align(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=12)
     text = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    blocks = {"kernel_sizes": [3], "in_channels": [8], "out_channels": [8], "strides": [1], "num_block_repeats": [1], "expand_ratios": [1]}
-    vision = {"image_size": 32, "hidden_dim": 16, "width_coefficient": 1.0, "depth_coefficient": 1.0, "depthwise_padding": [], **blocks}
+    blocks = {
+        "kernel_sizes": [3],
+        "in_channels": [32],
+        "out_channels": [64],
+        "strides": [1],
+        "num_block_repeats": [1],
+        "expand_ratios": [1],
+    }
+    vision = {"image_size": 32, "hidden_dim": 16, "width_coefficient": 0.25, "depth_coefficient": 1.0, "depthwise_padding": [], **blocks}
     torch.manual_seed(0)
     model = AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=16, temperature_init_value=0.5)).eval()
     folder = tmp_path / "align"

@@ -21,12 +21,12 @@ def test_two_layouts_hold_the_same_objects_and_patches_know_what_covers_them() -
     for shares in (data.colours, data.shapes):
         torch.testing.assert_close(shares.sum(-1), torch.ones(12, 2, 64))
     ground = data.colours[..., -1].mean(-1)
-    torch.testing.assert_close(data.shapes[..., -1].mean(-1), ground, atol=0.02, rtol=0)  # other colours, other soft edges
+    torch.testing.assert_close(data.shapes[..., -1].mean(-1), ground, atol=0.03, rtol=0)  # other colours, other soft edges
     lone = int(data.single.nonzero()[0])
     shape, colour = data.first[lone].tolist()
     for shares, number in ((data.colours, colour), (data.shapes, shape)):
         inked = shares[lone, :, :, :-1].sum((0, 1))
-        assert inked[number] / inked.sum() > 0.9
+        assert inked[number] / inked.sum() > 0.8
     assert data.single.sum() == sum(n % 6 in (0, scenes.KINDS.index("colors")) for n in range(12))
 
 

@@ -35,8 +35,8 @@ class Style:
 
 STYLES = {  # every colour at least 70/255 from its ground
     "plain": Style(scenes.GROUND),
-    "pastel": Style((178, 168, 146), (240, 236, 232), 0.5),
-    "night": Style((24, 26, 60), (150, 150, 170), 0.3),
+    "pastel": Style((192, 192, 176), (240, 236, 232), 0.45),
+    "night": Style((10, 12, 34), (190, 190, 200), 0.4),
 }
 
 
