@@ -4,9 +4,8 @@ Adv-GRPO (arXiv 2511.20256). Differs from the authors' code:
 
 1. features have one length in training and in scoring (theirs are normalised in scoring alone, so that the bias is most of the reward);
 2. both sides pass through 8 bits, the same size and the same colour jitter: a codec is the first thing that a discriminator learns;
-3. the patches that score are chosen once per version, not at random for every picture, so that a score is a function of its picture;
-4. pictures of the past are kept and shown again, and a head that is right too often waits: both keep it from cycling;
-5. a prompt without references is an error, not a stand-in.
+3. the patches that score are chosen once per version, not for every picture, so that a score is a function of its picture;
+4. pictures of the past are shown again, and a head that is right too often waits; a prompt without references is an error.
 """
 
 from __future__ import annotations
@@ -14,28 +13,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visalign.errors import UserError
 from visalign.references import References, resized
+from visalign.replay import Features, Replay
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 from visalign.vision import load_vision_encoder
 
 HIDDEN, BATCH = 512, 64  # width of the head; pictures per forward of an update
-
-
-@dataclass(frozen=True)
-class Features:
-    """N pictures as the head sees them: `image` (N, D), `patches` (N, S, D), and `prompt` (N,) int64, a number for each prompt."""
-
-    image: Tensor
-    patches: Tensor
-    prompt: Tensor
 
 
 class Adversarial(Reward):
@@ -67,6 +61,7 @@ class Adversarial(Reward):
         replay: generated pictures of the past that are kept, a uniform sample of all; 0 keeps none.
         eight_bits: scores round pictures to 8 bits as files are, with gradients straight through.
         seed: of the head's first weights and of everything drawn.
+        head: a checkpoint of a run (its folder, or the rewards.safetensors in it) to start from; None for a head that has learned nothing.
 
     Raises:
         UserError: a bad option, a checkpoint that cannot be loaded, or (in `update`) a prompt without references.
@@ -95,6 +90,7 @@ class Adversarial(Reward):
         replay: int = 256,
         eight_bits: bool = True,
         seed: int = 0,
+        head: str | None = None,
     ):
         if not 0 <= image_weight <= 1:
             raise UserError(f"adversarial: image_weight must be in [0, 1], got {image_weight}")
@@ -112,6 +108,8 @@ class Adversarial(Reward):
         self.replay = Replay(replay, self.patches, self.encoder.width)
         self.references = References("adversarial", references, count, lambda images: ((images * 255).round().byte(),))
         self.calls = 0
+        if head:
+            self.load_state_dict(_saved(Path(head).expanduser()))
 
     # --- scoring -------------------------------------------------------------------------------------------------------
 
@@ -205,7 +203,7 @@ class Adversarial(Reward):
             image, patches = self._see(_eight_bits(_jittered(images, self.jitter, generator)))
             chosen = torch.rand(patches.shape[:2], generator=generator).argsort(1)[:, : self.patches].to(patches.device)
             pieces.append((image, patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[-1]))))
-        image, patches = (torch.cat(column) for column in zip(*pieces, strict=True))
+        image, patches = map(torch.cat, zip(*pieces, strict=True))
         return Features(image, patches, torch.tensor([_number(prompt) for prompt in batch.prompts], device=image.device))
 
     def _rate(self, features: Features) -> Tensor:
@@ -242,9 +240,7 @@ class Adversarial(Reward):
             self.replay.load_state_dict(_under("replay.", state))
             version, self.calls = state["counts"].tolist()
         except (KeyError, RuntimeError) as error:
-            raise UserError(
-                f"adversarial: the checkpoint's head isn't this recipe's ({str(error)[:80]!r}); were options changed?"
-            ) from None
+            raise UserError(f"adversarial: the checkpoint's head is another; were options changed? ({str(error)[:60]!r})") from None
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optimizer.", state).items():
             number, _, name = key.partition(".")
@@ -253,34 +249,17 @@ class Adversarial(Reward):
         self.spec = replace(self.spec, version=str(version))
 
 
-class Replay(nn.Module):
-    """A uniform sample of all generated pictures so far, as features in half precision (reservoir sampling)."""
-
-    image: Tensor
-    patches: Tensor
-    prompt: Tensor
-    seen: Tensor
-
-    def __init__(self, capacity: int, patches: int, width: int):
-        super().__init__()
-        self.register_buffer("image", torch.zeros(capacity, width, dtype=torch.float16))
-        self.register_buffer("patches", torch.zeros(capacity, patches, width, dtype=torch.float16))
-        self.register_buffer("prompt", torch.zeros(capacity, dtype=torch.int64))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    def add(self, features: Features, generator: torch.Generator) -> None:
-        first, capacity = int(self.seen), len(self.prompt)
-        for row in range(len(features.prompt)):
-            place = first + row if first + row < capacity else int(torch.randint(first + row + 1, (), generator=generator))
-            if place < capacity:
-                self.image[place], self.patches[place] = features.image[row].half(), features.patches[row].half()
-                self.prompt[place] = features.prompt[row]
-        self.seen += len(features.prompt)
-
-    def sample(self, count: int, generator: torch.Generator) -> Features:
-        """At most `count` of them, without repeats."""
-        rows = torch.randperm(min(int(self.seen), len(self.prompt)), generator=generator)[:count].to(self.prompt.device)
-        return Features(self.image[rows].float(), self.patches[rows].float(), self.prompt[rows])
+def _saved(path: Path) -> dict[str, Tensor]:
+    """The state of the one adversarial reward that a run's checkpoint holds."""
+    file = path / "rewards.safetensors" if path.is_dir() else path
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adversarial: head {path} can't be read ({error}); expected a run's checkpoints/step_N") from None
+    heads = {name.removesuffix("counts") for name in tensors if name.endswith("/counts")}
+    if len(heads) != 1:
+        raise UserError(f"adversarial: {file} holds {len(heads)} heads of adversarial rewards, expected one")
+    return _under(heads.pop(), tensors)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
-ACTING |= {"vision"}
+ACTING |= {"vision", "replay"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "rewarding"}
 REFERENCES = {"references"}
@@ -37,7 +37,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "plumbing": DATA | MATHEMATICS | ACTING,
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
     "references": {"pictures", "preprocess", "scoring", "toybox"},
-    "rewards": DATA | {"scoring", "features", "vision", "references", "preprocess", "pictures", "judges", "monitors", "toybox"},
+    "rewards": DATA | {"scoring", "features", "vision", "references", "replay", "preprocess", "pictures", "judges", "monitors", "toybox"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
     "toybox": {"scoring", "toybox", "schedules"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,

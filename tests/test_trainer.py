@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from visalign import build, config, tracking
+from visalign import build, cli, config, tracking
 from visalign.errors import UserError
 from visalign.trainer import NonFiniteError, Trainer
 
@@ -84,11 +84,14 @@ def test_a_reward_that_learns_goes_on_to_the_bit(tiny_sd3: Path, tmp_path: Path,
     assert once["adversarial/counts"].tolist() == [4, 4]
     assert all(torch.equal(value, twice[name]) for name, value in once.items())
     assert rows(tmp_path / "once")[0]["eval/critic"] != rows(tmp_path / "once")[-1]["eval/critic"]
+    cli.main(["evaluate", str(tmp_path / "once"), "--out", str(tmp_path / "figures.json")])
+    again = json.loads((tmp_path / "figures.json").read_text())
+    assert again["eval/critic"] == pytest.approx(rows(tmp_path / "once")[-1]["eval/critic"], rel=1e-4)
 
 
 def test_a_judge_that_learns_must_be_a_training_reward(tiny_sd3: Path, tmp_path: Path, dino: str) -> None:
     critic = {"critic": {"use": "adversarial", "checkpoint": dino, "references": "toybox"}}
-    with pytest.raises(UserError, match="judges nothing without it"):
+    with pytest.raises(UserError, match="has learned nothing and judges nothing"):
         build.trainer(recipe(tmp_path, tiny_sd3, eval__rewards=critic))
 
 

@@ -219,7 +219,14 @@ def hub_has(model_id: str) -> bool:
         return False
 
 
-def build_panel(rewards: dict[str, RewardSection], model: str | None, device: torch.device | str = "cpu") -> Panel:
-    """Rewards of a recipe, on a device; `model` is what the policy was loaded from, None without one."""
-    sections = resolved(rewards, model)
-    return Panel({a: (load_reward(s.use, **s.options).to(device), s.weight) for a, s in sections.items()})
+def build_panel(rewards: dict[str, RewardSection], model: str | None, device: torch.device | str = "cpu", learning: bool = False) -> Panel:
+    """Rewards of a recipe, on a device; `model` is what the policy was loaded from, None without one.
+
+    Raises:
+        UserError: a reward that learns has learned nothing, and it isn't `learning` either.
+    """
+    panel = Panel({a: (load_reward(s.use, **s.options).to(device), s.weight) for a, s in resolved(rewards, model).items()})
+    for alias, reward in panel.rewards.items():
+        if reward.spec.trainable and reward.spec.version == "0" and not learning:
+            raise UserError(f"reward {alias} has learned nothing and would score at random; load what a run has trained (its option head)")
+    return panel

@@ -7,11 +7,17 @@ that credit asks about them, are scored by one version.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from visalign import checkpoint
 from visalign.config import RewardSection
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.rollout import Rollout
 from visalign.scoring import Panel, RewardInput
+
+Sections = Mapping[str, RewardSection]
 
 
 def update(panel: Panel, rollout: Rollout, processes: Processes) -> dict[str, float]:
@@ -32,19 +38,39 @@ def update(panel: Panel, rollout: Rollout, processes: Processes) -> dict[str, fl
     return metrics
 
 
-def share(judges: Panel, judged: dict[str, RewardSection], rewards: Panel, trained: dict[str, RewardSection]) -> None:
-    """Let judges that are trainable be the rewards that are trained: a second copy would stay untrained.
+def share(judges: Panel, judged: Sections, rewards: Panel, trained: Sections) -> None:
+    """Let judges that learn be the rewards that are trained: a second copy would stay as it is.
 
     Raises:
-        UserError: a trainable judge that is none of the training rewards.
+        UserError: a judge that has learned nothing, and is none of the training rewards.
     """
+    for alias, twin in _twins(judges, judged, trained).items():
+        judges.rewards[alias] = rewards.rewards[twin]
+
+
+def restore(judges: Panel, judged: Sections, run: Path, trained: Sections) -> None:
+    """Give judges that learn what the newest checkpoint of a run has of them.
+
+    Raises:
+        UserError: as above, or a checkpoint that can't be read.
+    """
+    twins = _twins(judges, judged, trained)
+    state = checkpoint.load(checkpoint.found(run / "checkpoints")[-1], ["rewards"])[0]["rewards"] if twins else {}
+    for alias, twin in twins.items():
+        judges.rewards[alias].load_state_dict({n.removeprefix(f"{twin}/"): v for n, v in state.items() if n.startswith(f"{twin}/")})
+
+
+def _twins(judges: Panel, judged: Sections, trained: Sections) -> dict[str, str]:
+    """Judge -> the training reward that it is, options and all, for judges that learn."""
+    found: dict[str, str] = {}
     for alias, section in judged.items():
-        if not judges.rewards[alias].spec.trainable:
-            continue
+        spec = judges.rewards[alias].spec
         same = [name for name, other in trained.items() if (other.use, other.options) == (section.use, section.options)]
-        if not same:
+        if spec.trainable and same:
+            found[alias] = same[0]
+        elif spec.trainable and spec.version == "0":
             raise UserError(
-                f"eval.rewards.{alias}: {section.use} learns during training and judges nothing without it; give it the options of the "
-                "training reward, or leave it out"
+                f"eval.rewards.{alias}: {section.use} has learned nothing and judges nothing; give it all options of the training reward, "
+                "or what a run has trained"
             )
-        judges.rewards[alias] = rewards.rewards[same[0]]
+    return found

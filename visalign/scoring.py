@@ -88,7 +88,8 @@ class RewardSpec:
     """What a reward promises.
 
     Attributes:
-        name, version: `version` changes whenever the same input could score otherwise (a trainable reward after an update).
+        name, version: `version` changes whenever the same input could score otherwise (a trainable reward after an update; "0" is one
+            that has learned nothing).
         scope: "point" scores each sample alone; "group" compares the members of a group; "pair", "set" likewise.
         differentiable: scores carry gradients to `images` (or `video`).
         needs: of {"prompt", "metadata:KEY", "references", "groups", "latents", "video"}.

@@ -78,7 +78,8 @@ FACTORIES: dict[str, Callable[[Path], Reward]] = {
     # Rounded pictures have no differences to compare gradients with.
     "adversarial": lambda folder: _class("adversarial")(checkpoint=dino_folder(folder), references="toybox", eight_bits=False),
     "condition": lambda folder: _class("condition")(references="toybox"),
-    "dino": lambda folder: _class("dino")(checkpoint=dino_folder(folder), references="toybox"),
+    # "best": the best of equal patches of ground changes with every step, and with it the slope.
+    "dino": lambda folder: _class("dino")(checkpoint=dino_folder(folder), references="toybox", patches="aligned"),
     "diversity": lambda folder: _class("diversity")(checkpoint=dino_folder(folder)),
     "lambda_harmonic": lambda folder: _class("lambda_harmonic")(checkpoint=tiny_clip(folder), references="toybox"),
     "clip_score": lambda folder: _class("clip_score")(checkpoint="toybox"),
@@ -133,7 +134,7 @@ def text_batch() -> RewardInput:
     return RewardInput((images + noise).clamp(0.02, 0.98), [f'a sign that says "{text}"' for text in ("OPEN", "HOUSE")])
 
 
-BATCHES: dict[str, Callable[[], RewardInput]] = {"dino": bare_batch, "geneval": coco_batch, "ocr": text_batch}
+BATCHES: dict[str, Callable[[], RewardInput]] = {"condition": bare_batch, "dino": bare_batch, "geneval": coco_batch, "ocr": text_batch}
 
 
 @pytest.fixture(scope="session")

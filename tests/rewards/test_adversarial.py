@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+import visalign
 from visalign.errors import UserError
-from visalign.rewards.adversarial import Adversarial, Features, Replay
+from visalign.replay import Features
+from visalign.rewards.adversarial import Adversarial
 from visalign.scoring import RewardInput
 from visalign.toybox import styles
 
@@ -113,8 +117,8 @@ def test_schedules(make: Callable[..., Adversarial], batch: RewardInput) -> None
     hacked = reward.update(batch, replace(batch, images=torch.cat([styles.drawn(p, {}, 3) for p in PROMPTS])))
     assert hacked["fake"] > hacked["real"]
     assert hacked["updated"] == 1
-    reward = make(lr=1e-3, steps=30, max_accuracy=0.9)
-    assert updated(reward, reward.real(batch), 3)[-1] == 0  # right too often
+    reward = make(lr=1e-3, steps=30, max_accuracy=0.75)
+    assert updated(reward, reward.real(batch), 4)[-1] == 0  # right too often
 
 
 def test_both_sides_have_one_size_and_each_reference_comes_once(make: Callable[..., Adversarial], batch: RewardInput) -> None:
@@ -144,19 +148,23 @@ def test_the_state_goes_on_exactly(make: Callable[..., Adversarial], batch: Rewa
         make(patches=9).load_state_dict(state)
 
 
-def test_replay_is_a_uniform_sample_of_all(make: Callable[..., Adversarial]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.zeros(40)
-    for _ in range(300):
-        replay = Replay(8, 1, 2)
-        for first in range(0, 40, 10):
-            numbers = torch.arange(first, first + 10)
-            replay.add(Features(torch.zeros(10, 2), torch.zeros(10, 1, 2), numbers), generator)
-        kept[replay.prompt] += 1
-    assert (kept / 300 - 0.2).abs().max() < 0.09  # standard error 0.023
-    assert len(replay.sample(5, generator).prompt) == 5
-    assert replay.sample(50, generator).prompt.unique().numel() == 8
-    assert len(Replay(0, 1, 2).sample(5, generator).prompt) == 0
+def test_a_run_gives_its_head_to_others(make: Callable[..., Adversarial], batch: RewardInput, tmp_path: Path) -> None:
+    trained = make()
+    trained.update(trained.real(batch), batch)
+    state = {f"critic/{name}": value for name, value in trained.state_dict().items()}
+    save_file(state | {"other/weight": torch.zeros(1)}, tmp_path / "rewards.safetensors")
+    for path in (tmp_path, tmp_path / "rewards.safetensors"):
+        assert torch.equal(make(head=str(path)).score(batch).scores, trained.score(batch).scores)
+    with pytest.raises(UserError, match="can't be read"):
+        make(head=str(tmp_path / "nowhere"))
+    save_file({"other/weight": torch.zeros(1)}, tmp_path / "rewards.safetensors")
+    with pytest.raises(UserError, match="holds 0 heads"):
+        make(head=str(tmp_path))
+
+
+def test_nobody_is_judged_by_a_head_that_has_learned_nothing(dino: str) -> None:
+    with pytest.raises(UserError, match="has learned nothing"):
+        visalign.score(torch.rand(1, 3, 64, 64), "a red star", {"adversarial": {"checkpoint": dino}})
 
 
 def test_building_leaves_the_callers_random_numbers_alone(make: Callable[..., Adversarial]) -> None:

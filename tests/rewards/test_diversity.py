@@ -13,9 +13,9 @@ from visalign.toybox import styles
 
 @pytest.fixture(scope="module")
 def batch() -> RewardInput:
-    """Three red stars, of which two are copies; two rings; one picture alone."""
-    stars, rings = styles.drawn("a red star", {}, 2), styles.drawn("a ring", {}, 3)
-    return RewardInput(torch.cat([stars, stars[:1], rings]), ["x"] * 6, groups=torch.tensor([7, 7, 7, 2, 2, 5]))
+    """Three pictures of circles, of which two are copies; two of rings; one alone."""
+    circles, rings = styles.drawn("two red circles", {}, 2), styles.drawn("three rings", {}, 3)
+    return RewardInput(torch.cat([circles, circles[:1], rings]), ["x"] * 6, groups=torch.tensor([7, 7, 7, 2, 2, 5]))
 
 
 def test_leave_one_out_is_the_mean_over_the_others() -> None:

@@ -49,7 +49,7 @@ def test_composition_is_least_where_the_shares_are_told() -> None:
 
 def test_a_probe_reads_what_is_linear() -> None:
     y = torch.arange(9).repeat(20)
-    x = F.one_hot(y, 9) @ torch.randn(9, 16) + 0.01 * torch.randn(180, 16)
+    x = F.one_hot(y, 9).float() @ torch.randn(9, 16) + 0.01 * torch.randn(180, 16)
     assert build_dino.probe(x[:90], y[:90], x[90:], y[90:]) == 1
 
 
