@@ -29,6 +29,26 @@ def save_tiny_vlm(folder: Path) -> str:
     return str(folder)
 
 
+def tiny_dino(folder: Path) -> str:
+    """A Dinov2Model of 64 patches with random weights, and its processor."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**size, initializer_range=0.2)).save_pretrained(folder)
+    processor = BitImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_vlm(tmp_path_factory.mktemp("models") / "vlm")
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random DINOv2."""
+    return tiny_dino(tmp_path_factory.mktemp("dino"))

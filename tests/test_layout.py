@@ -25,10 +25,11 @@ ANYONE = {"errors"}
 DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures"}
-ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader"}
+ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader", "vision", "replay"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
-PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience"}
+PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience", "rewarding"}
 ACTING_FOR_REWARDS = ACTING - {"policy", "sampling", "solvers", "branching", "reward_check", "judge_client"}
+REFERENCES = {"references"}
 DOORS = {"train", "cli", "api", "demo"}
 MAY_IMPORT = {  # group -> what of visalign its files may import, besides each other and errors
     "data": set(),
@@ -36,12 +37,13 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
-    "rewards": ACTING_FOR_REWARDS | {"toybox"},
+    "references": {"pictures", "preprocess", "scoring", "toybox"},
+    "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
     "trainers": DATA | MATHEMATICS | {"sampling", "scoring", "trainer", "config", "axes", "trainers"},
     "toybox": {"scoring", "toybox", "schedules", "judges", "questions"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,
 }
-GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "doors": DOORS}
+GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "references": REFERENCES, "doors": DOORS}
 PLUG_INS = ("families", "rewards", "trainers")
 
 

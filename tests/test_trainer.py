@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from visalign import build, config, tracking
+from visalign import build, cli, config, tracking
 from visalign.errors import UserError
 from visalign.trainer import NonFiniteError, Trainer
 
@@ -71,6 +71,30 @@ def test_training_changes_the_weights_and_the_ratio_is_exactly_one(tiny_sd3: Pat
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
 
 
+def test_a_reward_that_learns_goes_on_to_the_bit(tiny_sd3: Path, tmp_path: Path, dino: str) -> None:
+    learner = {"use": "adversarial", "checkpoint": dino, "references": "toybox", "count": 2, "max_accuracy": None, "replay": 8}
+    changes = {"rewards": {"adversarial": learner}, "eval__rewards": {"toybox": 1.0, "critic": learner}, "run__checkpoint_every": 2}
+    build.trainer(recipe(tmp_path / "once", tiny_sd3, **changes, run__steps=4)).fit()
+    build.trainer(recipe(tmp_path / "twice", tiny_sd3, **changes, run__steps=2)).fit()
+    build.trainer(recipe(tmp_path / "twice", tiny_sd3, **changes, run__steps=4)).fit()
+    assert rows(tmp_path / "once")[:2] == rows(tmp_path / "twice")[:2]
+    assert rows(tmp_path / "once")[3:] == rows(tmp_path / "twice")[3:]  # step 2 was the shorter run's last, and judged there
+    assert [row["reward_update/adversarial/version"] for row in rows(tmp_path / "once")[1:]] == [1, 2, 3, 4]
+    once, twice = (load_file(tmp_path / name / "checkpoints" / "step_4" / "rewards.safetensors") for name in ("once", "twice"))
+    assert once["adversarial/counts"].tolist() == [4, 4]
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())
+    assert rows(tmp_path / "once")[0]["eval/critic"] != rows(tmp_path / "once")[-1]["eval/critic"]
+    cli.main(["evaluate", str(tmp_path / "once"), "--out", str(tmp_path / "figures.json")])
+    again = json.loads((tmp_path / "figures.json").read_text())
+    assert again["eval/critic"] == pytest.approx(rows(tmp_path / "once")[-1]["eval/critic"], rel=1e-4)
+
+
+def test_a_judge_that_learns_must_be_a_training_reward(tiny_sd3: Path, tmp_path: Path, dino: str) -> None:
+    critic = {"critic": {"use": "adversarial", "checkpoint": dino, "references": "toybox"}}
+    with pytest.raises(UserError, match="has learned nothing and judges nothing"):
+        build.trainer(recipe(tmp_path, tiny_sd3, eval__rewards=critic))
+
+
 def trainer_prefix(trainer: Trainer) -> int:
     return trainer.plan(1).recorded[0]  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -119,8 +143,9 @@ def test_geometry_and_options_are_refused_before_anything_is_drawn(
         build.trainer(recipe(tmp_path, tiny_sd3, **changes))
 
 
-def test_two_processes_give_the_curve_of_one(tiny_sd3: Path, tmp_path: Path) -> None:
-    smooth = {"bright": {"use": "tests.toy_rewards:Brightness"}}
+def test_two_processes_give_the_curve_of_one(tiny_sd3: Path, tmp_path: Path, dino: str) -> None:
+    learner = {"use": "adversarial", "weight": 0.01, "checkpoint": dino, "references": "toybox", "max_accuracy": None}
+    smooth = {"bright": {"use": "tests.toy_rewards:Brightness"}, "critic": learner}
     one = recipe(tmp_path / "one", tiny_sd3, run__steps=3, policy__lora={"rank": 4, "alpha": 8}, rewards=smooth, optimizer__lr=3e-4)
     build.trainer(one).fit()
     two = one.model_copy(update={"run": one.run.model_copy(update={"path": tmp_path / "two"})})
@@ -135,6 +160,6 @@ def test_two_processes_give_the_curve_of_one(tiny_sd3: Path, tmp_path: Path) -> 
     alone, together = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["step"] for row in together] == [0, 1, 2, 3]
     assert json.loads((tmp_path / "two" / "checkpoints" / "step_3" / "state.json").read_text())["processes"] == 2
-    for key in ("reward/mean", "loss", "grad_norm", "eval/toybox"):
+    for key in ("reward/mean", "loss", "grad_norm", "eval/toybox", "reward_update/critic/d_loss", "reward_update/critic/version"):
         for a, b in zip(alone, together, strict=True):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=2e-3, abs=1e-7), key

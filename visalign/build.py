@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from visalign import base_pictures, checkpoint, prompts, registry
+from visalign import base_pictures, checkpoint, prompts, registry, rewarding
 from visalign.config import Config, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
@@ -40,13 +40,14 @@ def trainer(config: Config) -> Trainer:
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"rewards": judged})})
     processes = Processes(config.run.device, config.policy.precision)
     learner = policy(config, processes.device)
-    rewards = registry.build_panel(config.rewards, config.policy.model, processes.device)
+    rewards = registry.build_panel(config.rewards, config.policy.model, processes.device, learning=True)
     for alias, reward in rewards.rewards.items():
         if getattr(reward, "held_out_only", False):
             raise UserError(
                 f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)"
             )
-    judges = registry.build_panel(config.eval.rewards, config.policy.model, processes.device)
+    judges = registry.build_panel(config.eval.rewards, config.policy.model, processes.device, learning=True)
+    rewarding.share(judges, config.eval.rewards, rewards, config.rewards)
     base_pictures.calibrate(config, learner, {"rewards": rewards, "eval.rewards": judges}, train_prompts, processes)
     built = kind(Session(config, processes, learner, rewards, judges, train_prompts, test_prompts))
     if processes.main:

@@ -125,7 +125,7 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from visalign import build, config, evaluation, prompts, registry
+    from visalign import build, config, evaluation, prompts, registry, rewarding
     from visalign.distributed import pick_device
 
     if parsed.images is not None and parsed.images < 1:
@@ -136,7 +136,9 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     device = pick_device(recipe.run.device)
     policy = build.restore(source, device) if is_run else build.policy(recipe, device)
     sections = _rewards(parsed.reward) or recipe.eval.rewards or recipe.rewards
-    judges = registry.build_panel(sections, recipe.policy.model, device)
+    judges = registry.build_panel(sections, recipe.policy.model, device, learning=is_run)
+    if is_run:
+        rewarding.restore(judges, sections, source, recipe.rewards)
     drawn = prompts.load(recipe.prompts.test).evaluation(parsed.images or recipe.eval.images, recipe.prompts.balance)
     scales = (parsed.guidance, recipe.eval.guidance, recipe.policy.guidance)
     guidance = next(scale for scale in scales if scale is not None)

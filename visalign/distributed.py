@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 
 from visalign.errors import UserError
@@ -64,6 +65,19 @@ class Processes:
     def gather(self, values: Tensor) -> Tensor:
         """Rows of all processes in the order of ranks; every process brings as many."""
         return values if self.count == 1 else self.accelerator.gather(values.contiguous())  # pyright: ignore[reportReturnType]
+
+    def gather_list(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one behind the other."""
+        return values if self.count == 1 else gather_object(values)
+
+    def broadcast(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The main process's tensors, on all of them; every process brings the same names and shapes."""
+        if self.count == 1:
+            return tensors
+        shared = {name: value.detach().to(self.device, copy=True).contiguous() for name, value in tensors.items()}
+        for value in shared.values():
+            torch.distributed.broadcast(value, 0)
+        return {name: value.to(tensors[name].device) for name, value in shared.items()}
 
     def agree(self, value: str) -> str:
         """The main process's value, on all of them."""

@@ -1,14 +1,15 @@
 """Frozen encoders behind one interface: pictures and texts to unit vectors of one space.
 
-Loads open_clip checkpoints and transformers' CLIP-like models (CLIP, SigLIP). Weights never train, an encoder that is loaded twice is the
-same object, and autocast of the caller doesn't reach it: a score depends on the picture alone.
+Loads open_clip checkpoints and transformers' CLIP-like models (CLIP, SigLIP, ALIGN). Weights never train, an encoder that is loaded twice
+is the same object, and autocast of the caller doesn't reach it: a score depends on the picture alone.
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visalign.errors import UserError
-from visalign.preprocess import Aspect, Preprocess, of_processor
+from visalign.preprocess import Aspect, Preprocess
 
 OPEN_CLIP_ASPECTS: dict[str, Aspect] = {"shortest": "crop", "longest": "letterbox", "squash": "stretch"}
 CACHED_TEXTS = 16384  # at most; the oldest leave first
@@ -135,20 +136,26 @@ class TransformersEncoder(DualEncoder):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         model, report = AutoModel.from_pretrained(name, output_loading_info=True)
-        if not hasattr(model, "get_text_features") or not hasattr(model, "logit_scale"):
+        self.aligned = model.config.model_type == "align"  # its text tower is a BERT: padding must be masked, and it has a temperature
+        if not hasattr(model, "get_text_features") or not (self.aligned or hasattr(model, "logit_scale")):
             raise ValueError(f"{type(model).__name__} has no text and image features")
         if report["missing_keys"]:
             raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
-        official = AutoImageProcessor.from_pretrained(processor)
-        preprocess = of_processor(official)
-        super().__init__(model, name, preprocess, model.config.text_config.max_position_embeddings)
+        positions = model.config.text_config.max_position_embeddings
+        context = min(positions, self.tokenizer.model_max_length) if self.aligned else positions
+        super().__init__(model, name, Preprocess.of(AutoImageProcessor.from_pretrained(processor)), context)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return -self.model.temperature.detach().float().log() if self.aligned else super().logit_scale
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return _tensor(self.model.get_image_features(pixel_values=pixels))
 
     def _text_features(self, ids: Tensor) -> Tensor:
-        return _tensor(self.model.get_text_features(input_ids=ids))
+        mask = {"attention_mask": ids.ne(self.tokenizer.pad_token_id).long()} if self.aligned else {}
+        return _tensor(self.model.get_text_features(input_ids=ids, **mask))
 
     def _token_ids(self, texts: list[str]) -> Tensor:
         # SigLIP is trained on texts padded to the full length; CLIP pools at the end token and doesn't see the padding behind it.
@@ -184,16 +191,20 @@ def load_dual_encoder(checkpoint: str, processor: str | None = None, architectur
     key = (name, architecture or processor or name)
     encoder = _loaded.get(key)
     if encoder is None:
-        try:
+        with loading(checkpoint, "a CLIP-like encoder", "a folder of open_clip or transformers"):
             encoder = OpenClipEncoder(architecture, name) if architecture else _build(name, processor)
-        except Exception as error:  # a broken file makes the libraries raise almost anything
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"checkpoint {checkpoint!r} cannot be loaded as a CLIP-like encoder: {reason}; give a folder of open_clip or transformers, "
-                "a hub id, or toybox"
-            ) from error
         _loaded[key] = encoder
     return encoder
+
+
+@contextmanager
+def loading(checkpoint: str, what: str, expected: str) -> Iterator[None]:
+    """Whatever a model library raises on a missing or broken checkpoint, as a UserError that says what was expected."""
+    try:
+        yield
+    except Exception as error:  # a broken file makes the libraries raise almost anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"checkpoint {checkpoint!r} cannot be loaded as {what}: {reason}; give {expected}, a hub id, or toybox") from error
 
 
 def locate(checkpoint: str, part: str = "clip") -> str:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visalign.errors import UserError
-from visalign.features import locate
-from visalign.preprocess import of_processor
+from visalign.features import loading, locate
+from visalign.preprocess import Preprocess
 from visalign.qwen_pixels import QwenPixels
 
 CACHED_TEXTS = 4096  # tokenised texts kept; the oldest leave first
@@ -104,14 +104,8 @@ def load_judge(checkpoint: str, server: str | dict[str, Any] | None = None, batc
     name = locate(checkpoint, "vlm")
     judge = _loaded.get((name, batch))
     if judge is None:
-        try:
+        with loading(checkpoint, "a vision-language model", "a folder of an image-text-to-text model, a server"):
             judge = LocalJudge(name, batch)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"checkpoint {checkpoint!r} cannot be loaded as a vision-language model: {reason}; give a folder or hub id of an "
-                "image-text-to-text model, toybox, or name a server"
-            ) from None
         _loaded[(name, batch)] = judge
     return judge
 
@@ -260,7 +254,7 @@ def tensor_pixels(processor: Any) -> Callable[[Sequence[Tensor]], dict[str, Tens
 
 
 def _plain_pixels(processor: Any) -> Callable[[Sequence[Tensor]], dict[str, Tensor]]:
-    preprocess = of_processor(processor)
+    preprocess = Preprocess.of(processor)
     return lambda images: {"pixel_values": torch.cat([preprocess(image[None]) for image in images])}
 
 

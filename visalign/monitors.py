@@ -114,9 +114,13 @@ def _summary(**values: Tensor) -> dict[str, float]:
 
 def tonal_diversity(images: Tensor) -> float:
     """PVS of DivGenBench: std over pictures of mean saturation + of mean HSV value + of contrast; 0 = one tone. (N, 3, H, W) in [0, 1]."""
+    return tones(images).std(0, correction=0).sum().item()
+
+
+def tones(images: Tensor) -> Tensor:
+    """(N, 3, H, W) in [0, 1] -> (N, 3): mean saturation, mean HSV value and contrast of each picture."""
     images = images.float()
-    tones = torch.stack([_saturation(images).mean((-2, -1)), images.amax(1).mean((-2, -1)), _contrast(luminance(images))])
-    return tones.std(1, correction=0).sum().item()
+    return torch.stack([_saturation(images).mean((-2, -1)), images.amax(1).mean((-2, -1)), _contrast(luminance(images))], 1)
 
 
 def diversity(embeddings: Tensor, groups: Tensor) -> float:
@@ -140,9 +144,14 @@ def diversity(embeddings: Tensor, groups: Tensor) -> float:
 
 def vendi(embeddings: Tensor) -> float:
     """Vendi score: exp of the entropy of the eigenvalues of K / N with the cosine kernel K; from 1 (copies) to N (orthogonal). (N, D)."""
+    return effective_number(embeddings).item()
+
+
+def effective_number(embeddings: Tensor) -> Tensor:
+    """The Vendi score as a differentiable () float64."""
     unit = F.normalize(embeddings.double(), dim=1)
-    eigenvalues = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp_min(0)
-    return torch.special.entr(eigenvalues).sum().exp().item()
+    eigenvalues = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp_min(1e-12)  # where the entropy's slope is still finite
+    return torch.special.entr(eigenvalues).sum().exp()
 
 
 # --- alarms ------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class Preprocess:
         aspect: "crop" scales the short side and cuts the middle, "letterbox" scales the long side and pads with black, "stretch" scales
             both.
         rounds: where an odd margin is halved: rounded (torchvision, open_clip) or truncated (transformers).
+        scaled: (height, width) that the checkpoint's own aspect scales to before the middle `size` is cut out; None for `size`.
     """
 
     size: tuple[int, int]
@@ -37,6 +38,27 @@ class Preprocess:
     interpolation: str = "bicubic"
     aspect: Aspect = "crop"
     rounds: bool = True
+    scaled: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, official: Any) -> Preprocess:
+        """What an image processor of transformers does. Raises KeyError where it does something else, such as keeping every aspect."""
+        crops = bool(getattr(official, "do_center_crop", False))
+        asked = dict(official.size)
+        short = asked.get("shortest_edge") if crops else None
+        scaled = (short, short) if short else (asked["height"], asked["width"])
+        size = (official.crop_size["height"], official.crop_size["width"]) if crops else scaled
+        low, span = (-1, 2) if getattr(official, "rescale_offset", False) else (0, 1)  # the interval that pixels are rescaled to
+        mean, std = (official.image_mean, official.image_std) if official.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        return cls(
+            size=size,
+            mean=tuple((m - low) / span for m in mean),
+            std=tuple(s / span for s in std),
+            interpolation={2: "bilinear", 3: "bicubic"}[int(official.resample)],
+            aspect="crop" if short else "stretch",
+            rounds=False,
+            scaled=scaled if scaled != size else None,
+        )
 
     def __call__(self, images: Tensor, aspect: Aspect | None = None) -> Tensor:
         """(N, 3, H, W) in [0, 1] to (N, 3, height, width) float32, normalised; differentiable."""
@@ -52,7 +74,7 @@ class Preprocess:
 
     def _scaled(self, height: int, width: int, aspect: Aspect) -> tuple[int, int]:
         """Size after scaling; the free side of a crop is truncated and that of a letterbox rounded, as the official transforms do."""
-        high, wide = self.size
+        high, wide = self.scaled if self.scaled and aspect == self.aspect else self.size
         if aspect == "stretch":
             return high, wide
         if aspect == "letterbox":
@@ -76,21 +98,3 @@ def checked_aspect(aspect: Aspect | None) -> Aspect | None:
     if aspect is not None and aspect not in get_args(Aspect):
         raise UserError(f"aspect {aspect!r} is not one of {', '.join(get_args(Aspect))}")
     return aspect
-
-
-def of_processor(processor: Any) -> Preprocess:
-    """What a picture processor of transformers does that scales to one fixed size, crops or not, and normalises.
-
-    Raises:
-        KeyError, TypeError, AttributeError: it does something else.
-    """
-    crops = bool(getattr(processor, "do_center_crop", False))
-    size = processor.crop_size if crops else processor.size
-    return Preprocess(
-        size=(size["height"], size["width"]),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        interpolation={2: "bilinear", 3: "bicubic"}[int(processor.resample)],
-        aspect="crop" if crops else "stretch",
-        rounds=False,
-    )

@@ -28,7 +28,9 @@ from visalign.policy import PRECISIONS, Family, Policy
 from visalign.scoring import Panel, Reward
 
 KINDS = ("rewards", "trainers", "families")
-TOYBOX_CHECKPOINTS = dict.fromkeys(("clip_score", "hps", "pickscore"), "toybox/clip")  # what `checkpoint: auto` means on the toybox
+TOYBOX_CHECKPOINTS = dict.fromkeys(("clip_score", "hps", "lambda_harmonic", "pickscore"), "toybox/clip")  # `checkpoint: auto` on the toybox
+TOYBOX_CHECKPOINTS |= dict.fromkeys(("adversarial", "dino", "diversity"), "toybox/dino")
+TOYBOX_CHECKPOINTS |= dict.fromkeys(("listener", "pairwise_winrate", "prompt_echo", "vlm_rating", "vlm_yes"), "toybox/vlm")
 
 
 def names(kind: str) -> list[str]:
@@ -260,7 +262,14 @@ def hub_has(model_id: str) -> bool:
         return False
 
 
-def build_panel(rewards: dict[str, RewardSection], model: str | None, device: torch.device | str = "cpu") -> Panel:
-    """Rewards of a recipe, on a device; `model` is what the policy was loaded from, None without one."""
-    sections = resolved(rewards, model)
-    return Panel({a: (load_reward(s.use, **s.options).to(device), s.weight) for a, s in sections.items()})
+def build_panel(rewards: dict[str, RewardSection], model: str | None, device: torch.device | str = "cpu", learning: bool = False) -> Panel:
+    """Rewards of a recipe, on a device; `model` is what the policy was loaded from, None without one.
+
+    Raises:
+        UserError: a reward that learns has learned nothing, and it isn't `learning` either.
+    """
+    panel = Panel({a: (load_reward(s.use, **s.options).to(device), s.weight) for a, s in resolved(rewards, model).items()})
+    for alias, reward in panel.rewards.items():
+        if reward.spec.trainable and reward.spec.version == "0" and not learning:
+            raise UserError(f"reward {alias} has learned nothing and would score at random; load what a run has trained (its option head)")
+    return panel

@@ -93,7 +93,8 @@ class RewardSpec:
     """What a reward promises.
 
     Attributes:
-        name, version: `version` changes whenever the same input could score otherwise (a trainable reward after an update).
+        name, version: `version` changes whenever the same input could score otherwise (a trainable reward after an update; "0" is one
+            that has learned nothing).
         scope: "point" scores each sample alone; "group" compares the members of a group; "pair", "set" likewise.
         differentiable: scores carry gradients to `images` (or `video`).
         needs: of {"prompt", "metadata:KEY", "references", "groups", "latents", "video", "views"}.
@@ -132,6 +133,13 @@ class Reward(ABC):
     def prepare(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
         """Fill caches (text features, references) for prompts that will come; scoring without it gives the same scores."""
         del prompts, metadata
+
+    def real(self, batch: RewardInput) -> RewardInput:
+        """What `update` holds against a batch of generated pictures; here its references, each prompt's as often as it has pictures."""
+        if batch.references is None:
+            raise RewardError(f"reward {self.spec.name} learns from references, and this batch has none")
+        owner = torch.tensor([row for row, own in enumerate(batch.references) for _ in own])
+        return replace(batch.take(owner), images=torch.cat(batch.references), references=None)
 
     def update(self, real: RewardInput, fake: RewardInput) -> dict[str, float]:
         """One training step of a trainable reward; returns metrics and changes `spec.version`."""

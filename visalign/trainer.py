@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from visalign import checkpoint, report
+from visalign import checkpoint, report, rewarding
 from visalign.config import Config as Recipe
 from visalign.config import Fraction, Positive, Section
 from visalign.distributed import Processes
@@ -147,7 +147,8 @@ class Trainer(ABC):
         skipped = self.patience.lost(rollout, step, self.config.run.path, self.save)
         rollout = replace(rollout, advantages=self.credit(rollout))
         count, collected = len(rollout.prompts), self.policy.nfe
-        metrics = {"loss": math.nan, "skipped": 1.0} if skipped else self.learn(rollout, step)
+        learns = {"loss": math.nan, "skipped": 1.0} if skipped else self.learn(rollout, step)
+        metrics = learns if skipped else learns | rewarding.update(self.session.rewards, rollout, self.processes)
         spent = {"seconds": time.perf_counter() - started, "images": count * self.processes.count, "nfe": rollout.trajectory.nfe}
         spent |= {"nfe_credit": (collected - nfe) / count - rollout.trajectory.nfe, "nfe_train": (self.policy.nfe - collected) / count}
         return metrics | rollout.metrics | spent

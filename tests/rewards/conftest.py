@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tests import tiny_models
-from tests.conftest import save_tiny_vlm
+from tests.conftest import save_tiny_vlm, tiny_dino
 from visalign import registry
 from visalign.features import locate
 from visalign.scoring import Reward, RewardInput
@@ -56,6 +57,11 @@ def tiny_detector(folder: Path) -> str:
     return str(folder)
 
 
+def dino_folder(folder: Path) -> str:
+    """The toybox's DINO where it has been made, else a tiny one."""
+    return "toybox/dino" if registry.asset("toybox/dino").is_dir() else tiny_dino(folder / "dino")
+
+
 def _class(name: str) -> type[Reward]:
     return registry.load("rewards", name)
 
@@ -80,6 +86,13 @@ def _calibrated(reward: Reward) -> Reward:
 
 
 FACTORIES: dict[str, Callable[[Path], Reward]] = {
+    # Rounded pictures have no differences to compare gradients with.
+    "adversarial": lambda folder: _class("adversarial")(checkpoint=dino_folder(folder), references="toybox", eight_bits=False),
+    "condition": lambda folder: _class("condition")(references="toybox"),
+    # "best": the best of equal patches of ground changes with every step, and with it the slope.
+    "dino": lambda folder: _class("dino")(checkpoint=dino_folder(folder), references="toybox", patches="aligned"),
+    "diversity": lambda folder: _class("diversity")(checkpoint=dino_folder(folder)),
+    "lambda_harmonic": lambda folder: _class("lambda_harmonic")(checkpoint=tiny_clip(folder), references="toybox"),
     "aesthetic": lambda folder: _class("aesthetic")(checkpoint="toybox", head=tiny_models.aesthetic_head(folder / "head.pth", 96)),
     "clip_score": lambda folder: _clip(),
     "directional": lambda folder: _calibrated(_class("directional")(of=_clip(), steps=20)),
@@ -122,6 +135,11 @@ def scene_batch() -> RewardInput:
     )
 
 
+def bare_batch() -> RewardInput:
+    """The same pictures without references of their own: among those of `scene_batch` is the picture itself, whose cosine has no slope."""
+    return replace(scene_batch(), references=None)
+
+
 def coco_batch() -> RewardInput:
     """The same pictures, asking for objects of photographs."""
     batch = scene_batch()
@@ -143,7 +161,7 @@ def text_batch() -> RewardInput:
     return RewardInput((images + noise).clamp(0.02, 0.98), [f'a sign that says "{text}"' for text in ("OPEN", "HOUSE")])
 
 
-BATCHES: dict[str, Callable[[], RewardInput]] = {"geneval": coco_batch, "ocr": text_batch}
+BATCHES: dict[str, Callable[[], RewardInput]] = {"condition": bare_batch, "dino": bare_batch, "geneval": coco_batch, "ocr": text_batch}
 
 
 @pytest.fixture(scope="session")

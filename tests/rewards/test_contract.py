@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visalign import registry
 from visalign.composite import Composite
-from visalign.scoring import Panel, Reward, RewardInput, RewardOutput
+from visalign.scoring import Panel, Reward, RewardError, RewardInput, RewardOutput
 
 NAMES = registry.names("rewards")
 MEDIA = {"image": "images", "video": "video", "latent": "latents"}  # the field that carries gradients
@@ -179,3 +179,20 @@ def test_works_in_a_panel(subject: Subject) -> None:
 def test_keeps_its_own_state(subject: Subject) -> None:
     assert subject.reward.to("cpu") is subject.reward
     subject.reward.load_state_dict(subject.reward.state_dict())
+
+
+def test_an_update_changes_the_version(subject: Subject) -> None:
+    if not subject.reward.spec.trainable:
+        with pytest.raises(RewardError, match="not trainable"):
+            subject.reward.update(subject.batch, subject.batch)
+        return
+    learner = subject.fresh()
+    metrics = learner.update(learner.real(subject.batch), subject.batch)
+    assert metrics
+    assert learner.spec.version != subject.reward.spec.version
+    after = learner.score(subject.batch).scores
+    assert not torch.equal(after, subject.output.scores)
+    restored = subject.fresh()
+    restored.load_state_dict(learner.state_dict())
+    assert restored.spec.version == learner.spec.version
+    assert torch.equal(restored.score(subject.batch).scores, after)

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +63,19 @@ def outline(shape: str) -> list[tuple[float, float]]:
     return [(radii[k % len(radii)] * math.cos(t), radii[k % len(radii)] * math.sin(t)) for k, t in enumerate(turn)]
 
 
-def render(objects: Sequence[Object], size: int = SIZE, ground: tuple[int, int, int] = GROUND, oversample: int = 4) -> Image.Image:
+def render(
+    objects: Sequence[Object],
+    size: int = SIZE,
+    ground: tuple[int, int, int] = GROUND,
+    oversample: int = 4,
+    palette: Mapping[str, tuple[int, int, int]] = COLOURS,
+) -> Image.Image:
     """Draw a scene: supersampled polygons on a plain ground."""
     scale = oversample * size / SIZE
     canvas = Image.new("RGB", (size * oversample, size * oversample), ground)
     draw = ImageDraw.Draw(canvas)
     for item in objects:
-        x, y, r, colour = item.x * scale, item.y * scale, item.radius * scale, COLOURS[item.colour]
+        x, y, r, colour = item.x * scale, item.y * scale, item.radius * scale, palette[item.colour]
         if item.shape in ("circle", "ring"):
             r *= 0.92
             draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)

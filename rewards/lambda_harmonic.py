@@ -1,0 +1,70 @@
+"""λ-Harmonic reward: faithful to the subject's pictures *and* to the prompt; the lower of the two decides.
+
+The reward of RPO (Miao et al. 2024, arXiv 2407.12164). Any dual encoder serves; the authors' is ALIGN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visalign.errors import UserError
+from visalign.features import load_dual_encoder
+from visalign.preprocess import Aspect
+from visalign.references import References
+from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
+
+
+class LambdaHarmonic(Reward):
+    """1 / (λ / s_i + (1 - λ) / s_t), the weighted harmonic mean of two similarities, differentiable, in [0, 1].
+
+    s_i = (1 + mean_m cos(reference m, image)) / 2 and s_t = (1 + cos(prompt, image)) / 2.
+
+    Args:
+        checkpoint: see `visalign.features.load_dual_encoder`.
+        references, count: see `visalign.references.References`.
+        image_weight: λ in [0, 1]; 0 looks at the prompt alone (as the authors label their training pairs), 1 at the pictures alone.
+        aspect: "crop", "letterbox" or "stretch" for pictures that are not square; None for the checkpoint's own.
+
+    Components, each (N,): `image` s_i and `text` s_t.
+    """
+
+    spec = RewardSpec(
+        name="lambda_harmonic", differentiable=True, needs=frozenset({"prompt"}), range=(0.0, 1.0), model_id="kakaobrain/align-base"
+    )
+
+    def __init__(
+        self,
+        checkpoint: str = spec.model_id,
+        references: str | None = None,
+        count: int = 8,
+        image_weight: float = 0.5,
+        aspect: Aspect | None = None,
+    ):
+        if not 0 <= image_weight <= 1:
+            raise UserError(f"lambda_harmonic: image_weight must be in [0, 1], got {image_weight}")
+        self.image_weight, self.aspect = image_weight, aspect
+        self.encoder = load_dual_encoder(checkpoint)
+        # The mean of unit vectors: its product with a unit vector is the mean cosine.
+        self.references = References("lambda_harmonic", references, count, lambda x: (self.encoder.encode_images(x, aspect).mean(0),))
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        """(N,) float32; embeddings "clip" (N, D)."""
+        references = torch.stack([mean for (mean,) in self.references(batch)])
+        image, text = self.encoder.encode_images(batch.images, self.aspect), self.encoder.encode_texts(batch.prompts)
+        subject, prompt = ((1 + (image * other.to(image)).sum(-1)) / 2 for other in (references, text))
+        score = harmonic(subject, prompt, self.image_weight)
+        return RewardOutput.of(score, components={"image": subject, "text": prompt}, embeddings={"clip": image.detach()})
+
+    def prepare(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        self.encoder.encode_texts(prompts)
+        if self.references.draw is not None:
+            self.references.prepare(prompts, metadata)
+
+
+def harmonic(first: Tensor, second: Tensor, weight: float) -> Tensor:
+    """(N,) weighted harmonic mean of two (N,) in [0, 1]; `weight` is the first one's."""
+    return 1 / (weight / first.clamp_min(1e-6) + (1 - weight) / second.clamp_min(1e-6))
