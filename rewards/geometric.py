@@ -81,7 +81,7 @@ class Geometric(Calibrated):
         """(N,) in [0, 1]."""
         if self.scale == "range":
             low, high = self.panel.rewards[alias].spec.range
-            return ((scores - low) / (high - low)).clamp(0, 1)
+            return (scores - low) / (high - low)
         return beaten(scores, self.known(f"quantiles.{alias}").to(scores.device))
 
 
@@ -96,4 +96,4 @@ def beaten(scores: Tensor, table: Tensor) -> Tensor:
         low, high = table[after - 1], table[after]
         within = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
         sides.append((after - 1 + torch.where(high > low, within, float(right))) / (len(table) - 1))
-    return (sides[0] + sides[1]) / 2
+    return torch.where(scores.isnan(), scores, (sides[0] + sides[1]) / 2)

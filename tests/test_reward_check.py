@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from visalign.perturb import perturbed
 from visalign.reward_check import HACKS, measure, spearman
 from visalign.scoring import Panel, Reward, RewardInput, RewardOutput, RewardSpec
 
@@ -43,7 +44,9 @@ def test_measure() -> None:
     rewards = found["rewards"]
     assert json.loads(json.dumps(found)) == found
     assert all(reward["valid"] == 1 and reward["repeat"] == 0 for reward in rewards.values())
-    assert rewards["colour"]["signal"] > 2 * rewards["corner"]["signal"], "a mean over pixels bears a shift better than a single one"
+    copies = torch.stack([base().images, *(perturbed(base().images, number)[..., :40, :40] for number in range(6))])[..., 0, 0, 0]
+    assert rewards["corner"]["noise"] == pytest.approx(copies.var(0, correction=0).mean().sqrt().item())
+    assert rewards["corner"]["spread"] == pytest.approx(base().images[:, 0, 0, 0].view(4, 4).std(1, correction=0).mean().item())
     assert rewards["colour"]["noise"] == pytest.approx(rewards["dull"]["noise"])
     assert rewards["colour"]["signal"] == pytest.approx(rewards["colour"]["spread"] / rewards["colour"]["noise"])
     assert {name for name, hack in rewards["colour"]["hacks"].items() if not hack["passed"]} == {"saturated", "noise"}
