@@ -1,6 +1,6 @@
 """`python -m benchmarks.reward_speed [NAME …]`: pictures per second of every reward, one at a time and in batches.
 
-On the toybox's 64 × 64 pictures and its own weights, through a panel as in training; rewards that are calibrated have seen one batch before.
+On the toybox's 64 × 64 pictures and its own weights, through a panel as in training; calibrated rewards have seen one batch before.
 The fastest of the rounds counts. Results: results/reward_speed.json and benchmarks/reward_speed.md.
 """
 
