@@ -130,7 +130,7 @@ class VideoReward(Reward):
         texts = [self.template.replace("{prompt}", harmless(prompt)) for prompt in batch.prompts]
         raw = self.reader(videos, texts)[..., 0]
         mean, std = self.moments.to(raw.device).unbind(-1)
-        ratings = dict(zip(DIMENSIONS, ((raw - mean) / std).unbind(-1), strict=True))
+        ratings = dict[str, Tensor](zip(DIMENSIONS, ((raw - mean) / std).unbind(-1), strict=True))
         ratings["overall"] = torch.stack(list(ratings.values())).sum(0)
         return RewardOutput.of(ratings[self.dimension], components=ratings)
 

@@ -104,8 +104,8 @@ def qwen_config(vocabulary: int, image: int, video: int) -> Any:
     tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": QWEN_PATCH}
     return Qwen2VLConfig(
-        text_config=text | tokens | {"rope_parameters": rope, "initializer_range": 0.2},
-        vision_config=vision | {"initializer_range": 0.1},
+        text_config=text | tokens | {"rope_parameters": rope, "initializer_range": 0.1},
+        vision_config=vision | {"initializer_range": 0.02},
         image_token_id=image,
         video_token_id=video,
     )
