@@ -104,7 +104,7 @@ class ImageReward(Reward):
         self.aspect: Aspect | None = checked_aspect(aspect)
         path = fetch(checkpoint, "model.safetensors", "ImageReward.pt")
         own = path.name == "model.safetensors" and path.with_name("config.json").is_file()
-        config = BlipConfig.from_pretrained(path.parent) if own else BlipConfig(**PUBLISHED)
+        config: Any = BlipConfig.from_pretrained(path.parent) if own else BlipConfig(**PUBLISHED)
         self.model = Blip(config).eval().requires_grad_(False)
         load_weights(self.model, converted(read_weights(path)), f"image_reward's checkpoint {checkpoint!r}")
         source = tokenizer or (str(path.parent) if path.with_name("tokenizer_config.json").is_file() else self.tokenizer_id)
