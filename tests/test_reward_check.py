@@ -44,7 +44,7 @@ def test_measure() -> None:
     rewards = found["rewards"]
     assert json.loads(json.dumps(found)) == found
     assert all(reward["valid"] == 1 and reward["repeat"] == 0 for reward in rewards.values())
-    copies = torch.stack([base().images, *(perturbed(base().images, number)[..., :40, :40] for number in range(6))])[..., 0, 0, 0]
+    copies = torch.stack([images[..., 0, 0, 0] for images in (base().images, *(perturbed(base().images, n) for n in range(6)))])
     assert rewards["corner"]["noise"] == pytest.approx(copies.var(0, correction=0).mean().sqrt().item())
     assert rewards["corner"]["spread"] == pytest.approx(base().images[:, 0, 0, 0].view(4, 4).std(1, correction=0).mean().item())
     assert rewards["colour"]["noise"] == pytest.approx(rewards["dull"]["noise"])

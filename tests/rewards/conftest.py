@@ -89,8 +89,8 @@ FACTORIES: dict[str, Callable[[Path], Reward]] = {
     # Rounded pictures have no differences to compare gradients with.
     "adversarial": lambda folder: _class("adversarial")(checkpoint=dino_folder(folder), references="toybox", eight_bits=False),
     "condition": lambda folder: _class("condition")(references="toybox"),
-    # "best": the best of equal patches of ground changes with every step, and with it the slope.
-    "dino": lambda folder: _class("dino")(checkpoint=dino_folder(folder), references="toybox", patches="aligned"),
+    # The best of many, patches of plain ground or references, changes with every step, and with it the slope.
+    "dino": lambda folder: _class("dino")(checkpoint=dino_folder(folder), references="toybox", patches="aligned", reduce="mean"),
     "diversity": lambda folder: _class("diversity")(checkpoint=dino_folder(folder)),
     "lambda_harmonic": lambda folder: _class("lambda_harmonic")(checkpoint=tiny_clip(folder), references="toybox"),
     "aesthetic": lambda folder: _class("aesthetic")(checkpoint="toybox", head=tiny_models.aesthetic_head(folder / "head.pth", 96)),
