@@ -56,22 +56,22 @@ def converted(state: Mapping[str, Tensor], scale: float | None = None) -> dict[s
     return renamed(merged(state, scale), RULES)
 
 
-def load_template(path: str | None, folder: Path | None, own: str, needs: Sequence[str], where: str) -> str:
-    """The instruction that a checkpoint was trained with: `path`, else the folder's `template.txt`, else our own words, with a warning.
+def load_template(path: str | None, folder: Path, own: str, needs: Sequence[str], where: str) -> str:
+    """The instruction that a checkpoint was trained with: `path`, else `folder`'s `template.txt`, else our `own` words, with a warning.
 
     Raises:
         UserError: the file is missing, or doesn't hold each of `needs` once.
     """
-    file = Path(path).expanduser() if path else folder / "template.txt" if folder else None
-    if path is None and (file is None or not file.is_file()):
+    file = Path(path).expanduser() if path else folder / "template.txt"
+    if path and not file.is_file():
+        raise UserError(f"{where}: no template at {path!r}; expected a text file")
+    if not file.is_file():
         warnings.warn(
             f"{where}: there is no template.txt beside the weights, so the instruction is in visalign's own words; scores are not the "
             "published ones until the option template names a file with the instruction of the training",
             stacklevel=3,
         )
         return own
-    if file is None or not file.is_file():
-        raise UserError(f"{where}: no template at {path!r}; expected a text file")
     text = file.read_text(encoding="utf-8")
     wrong = [word for word in needs if text.count(word) != 1]
     if wrong:
