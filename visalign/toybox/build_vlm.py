@@ -61,7 +61,7 @@ class Size:
     speaking: int
 
 
-SIZES = {"vlm": Size(128, 4, 2, 128, 3, 700, 1600), "vlm_small": Size(64, 2, 2, 48, 2, 700, 1200)}
+SIZES = {"vlm": Size(128, 4, 2, 128, 3, 700, 4800), "vlm_small": Size(64, 2, 2, 48, 2, 700, 2400)}
 
 
 def build(out: Path, work: Path, device: torch.device) -> None:

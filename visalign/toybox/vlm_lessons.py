@@ -77,6 +77,28 @@ def rival(record: scenes.Metadata, rng: random.Random) -> Tensor:
                 return torch.from_numpy(scenes.to_array(scenes.render(layout)).copy()).permute(2, 0, 1)
 
 
+def painted(record: scenes.Metadata, layout: Sequence[scenes.Object]) -> scenes.Metadata:
+    """The record with the colours that its objects happen to have, where all objects of a clause have one."""
+    clauses = [dict(clause) for clause in record["include"]]
+    for clause in clauses:
+        colours = {o.colour for o in layout if o.shape == clause["class"]}
+        if len(colours) == 1 and sum(c["class"] == clause["class"] for c in clauses) == 1:
+            clause["color"] = colours.pop()
+    return record | {"include": clauses}
+
+
+def recoloured(record: scenes.Metadata, rng: random.Random) -> scenes.Metadata:
+    """Two colours swapped, or one changed."""
+    clauses = [dict(clause) for clause in record["include"]]
+    coloured = [clause for clause in clauses if "color" in clause]
+    if len(coloured) == 2 and coloured[0]["color"] != coloured[1]["color"] and rng.random() < 0.5:
+        coloured[0]["color"], coloured[1]["color"] = coloured[1]["color"], coloured[0]["color"]
+    elif coloured:
+        clause = rng.choice(coloured)
+        clause["color"] = rng.choice([c for c in scenes.COLOURS if c != clause["color"]])
+    return record | {"include": clauses}
+
+
 def asked(layout: Sequence[scenes.Object], record: scenes.Metadata, rng: random.Random) -> list[tuple[str, str]]:
     """Questions about a picture with their answers."""
     attribute, wrong = changed(record, rng)
@@ -88,7 +110,9 @@ def asked(layout: Sequence[scenes.Object], record: scenes.Metadata, rng: random.
 
     explained, rated = rng.choice([record, wrong]), rng.choice([record, wrong, further])
     reason = RIGHT if meets(explained) else REASONS["shape" if melted else attribute]
-    answers = [(fill(POINT, scenes.describe(r)), "yes" if meets(r) else "no") for r in (record, wrong)]
+    coloured = painted(record, layout)
+    about = [record, wrong, *(r for r in (coloured, recoloured(coloured, rng)) if not scenes.is_test(r))]
+    answers = [(fill(POINT, scenes.describe(r)), "yes" if meets(r) else "no") for r in about]
     answers += [(fill(REASON, scenes.describe(explained)), f"{reason}. answer: {'yes' if reason == RIGHT else 'no'}")]
     answers += [(fill(RATE, scenes.describe(rated)), str(1 + round(4 * scenes.meets(layout, rated)[1])))]
     return answers if melted else [*answers, (CAPTION, scenes.describe(record))]  # nothing true can be said of a melted object
