@@ -153,7 +153,8 @@ class Adversarial(Reward):
         """The references of a batch's prompts, each prompt's once, in the size of the batch's pictures."""
         found = self.references(batch)
         rows = list({id(kept): row for row, kept in enumerate(found)}.values())
-        images = [resized(found[row][0].to(batch.images.device).float() / 255, (*batch.images.shape[-2:],)) for row in rows]
+        height, width = batch.images.shape[-2:]
+        images = [resized(found[row][0].to(batch.images.device).float() / 255, (height, width)) for row in rows]
         owner = [row for row, own in zip(rows, images, strict=True) for _ in own]
         return RewardInput(torch.cat(images), [batch.prompts[row] for row in owner], [batch.metadata[row] for row in owner])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visalign.errors import UserError
-from visalign.preprocess import Aspect
+from visalign.preprocess import Aspect, checked_aspect
 from visalign.references import References
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 from visalign.vision import load_vision_encoder
@@ -58,7 +58,8 @@ class Dino(Reward):
         if not 0 <= patch_weight <= 1:
             raise UserError(f"dino: patch_weight must be in [0, 1], got {patch_weight}")
         self.patch_weight, self.patches, self.reduce = patch_weight, patches, reduce
-        self.layers, self.aspect = layers, aspect
+        self.layers = layers
+        self.aspect: Aspect | None = checked_aspect(aspect)
         self.encoder = load_vision_encoder(checkpoint, resolution)
         self.references = References("dino", references, count, self._encode)
 

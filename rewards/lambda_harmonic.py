@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visalign.errors import UserError
 from visalign.features import load_dual_encoder
-from visalign.preprocess import Aspect
+from visalign.preprocess import Aspect, checked_aspect
 from visalign.references import References
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
@@ -46,7 +46,8 @@ class LambdaHarmonic(Reward):
     ):
         if not 0 <= image_weight <= 1:
             raise UserError(f"lambda_harmonic: image_weight must be in [0, 1], got {image_weight}")
-        self.image_weight, self.aspect = image_weight, aspect
+        self.image_weight = image_weight
+        self.aspect: Aspect | None = checked_aspect(aspect)
         self.encoder = load_dual_encoder(checkpoint)
         # The mean of unit vectors: its product with a unit vector is the mean cosine.
         self.references = References("lambda_harmonic", references, count, lambda x: (self.encoder.encode_images(x, aspect).mean(0),))

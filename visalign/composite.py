@@ -20,8 +20,8 @@ from visalign.errors import UserError
 from visalign.scoring import Panel, Reward, RewardError, RewardInput, RewardOutput, RewardSpec, Scores
 
 Members = dict[str, tuple[Reward, float]]  # alias -> (reward, weight); with weight 0 it is scored and shown, but no part of the sum
-SCOPES = ("point", "group", "pair", "set")
-MODALITIES = ("image", "video", "latent")
+SCOPES: list[Any] = ["point", "group", "pair", "set"]
+MODALITIES: list[Any] = ["image", "video", "latent"]
 
 
 class Composite(Reward):
@@ -49,8 +49,8 @@ class Composite(Reward):
         joined = RewardSpec(
             name="",
             version=" ".join(f"{alias}={spec.version}" for alias, spec in specs.items()),
-            scope=max((spec.scope for spec in every), key=SCOPES.index),
-            modality=max((spec.modality for spec in every), key=MODALITIES.index),
+            scope=SCOPES[max(SCOPES.index(spec.scope) for spec in every)],
+            modality=MODALITIES[max(MODALITIES.index(spec.modality) for spec in every)],
             differentiable=self.panel.differentiable,
             trainable=any(spec.trainable for spec in every),
             deterministic=all(spec.deterministic for spec in every),

@@ -126,9 +126,8 @@ class ServerJudge(Judge):
         try:
             found = read(self._post(body))
         except (JudgeError, KeyError, IndexError, TypeError, ValueError) as error:
-            self._count(
-                error if isinstance(error, JudgeError) else JudgeError(f"an answer that can't be read ({type(error).__name__}: {error})")
-            )
+            unread = f"an answer that can't be read ({type(error).__name__}: {error})"
+            self._count(str(error) if isinstance(error, JudgeError) else unread)
             return None
         with self.lock:
             self.failed, self.warned = 0, False

@@ -96,7 +96,7 @@ def load_judge(checkpoint: str, server: str | dict[str, Any] | None = None, batc
     if server is not None:
         from visalign.judge_client import ServerJudge
 
-        options = {"url": server} if isinstance(server, str) else dict(server)
+        options: dict[str, Any] = {"url": server} if isinstance(server, str) else dict(server)
         try:
             return ServerJudge(model=checkpoint, **options)
         except TypeError as error:

@@ -28,9 +28,12 @@ from visalign.policy import PRECISIONS, Family, Policy
 from visalign.scoring import Panel, Reward
 
 KINDS = ("rewards", "trainers", "families")
-TOYBOX_CHECKPOINTS = dict.fromkeys(("clip_score", "hps", "lambda_harmonic", "pickscore"), "toybox/clip")  # `checkpoint: auto` on the toybox
-TOYBOX_CHECKPOINTS |= dict.fromkeys(("adversarial", "dino", "diversity"), "toybox/dino")
-TOYBOX_CHECKPOINTS |= dict.fromkeys(("listener", "pairwise_winrate", "prompt_echo", "vlm_rating", "vlm_yes"), "toybox/vlm")
+TOYBOX_PARTS = {  # what `checkpoint: auto` means on the toybox
+    "toybox/clip": ("clip_score", "hps", "lambda_harmonic", "pickscore"),
+    "toybox/dino": ("adversarial", "dino", "diversity"),
+    "toybox/vlm": ("listener", "pairwise_winrate", "prompt_echo", "vlm_rating", "vlm_yes"),
+}
+TOYBOX_CHECKPOINTS = {name: part for part, names in TOYBOX_PARTS.items() for name in names}
 
 
 def names(kind: str) -> list[str]:

@@ -15,6 +15,7 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def build(out: Path, work: Path, device: torch.device) -> None:
 
 def small_dino() -> Dinov2Model:
     """Untrained model, 0.5 M parameters."""
-    size = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "mlp_ratio": 4}
+    size: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "mlp_ratio": 4}
     return Dinov2Model(Dinov2Config(**size, image_size=scenes.SIZE, patch_size=PATCH))
 
 

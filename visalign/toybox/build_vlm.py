@@ -101,7 +101,7 @@ def processor() -> LlavaProcessor:
 
 def small_vlm(size: Size) -> LlavaForConditionalGeneration:
     """Untrained model."""
-    words_of = tokenizer()
+    words_of: Any = tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=size.vision,
         intermediate_size=4 * size.vision,
@@ -155,7 +155,7 @@ def train(name: str, size: Size, pictures: Pictures, work: Path, device: torch.d
     torch.manual_seed(0)
     model, seer = small_vlm(size), Seer(size.vision)
     tower = model.model.vision_tower
-    if CLIPVisionModel.config_class.from_pretrained(clip).hidden_size == size.vision:
+    if CLIPVisionConfig.from_pretrained(clip).hidden_size == size.vision:
         tower.load_state_dict(CLIPVisionModel.from_pretrained(clip).state_dict())
     nn.Module.to(model, device), seer.to(device)
     parameters = [*model.parameters(), *seer.parameters()]
