@@ -33,7 +33,7 @@ from visalign.evaluation import evaluate
 from visalign.trainer import NonFiniteError, Trainer
 
 FOLDER = records.RESULTS / "toybox"
-LEFT_OUT = ("toybox_full",)  # the default job, longer
+LEFT_OUT = ("toybox_full", "toybox_reward_model")  # the default job, longer; and one that trains no policy
 SETTINGS = ("policy", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # what of a recipe is kept with its run
 
 

@@ -91,24 +91,29 @@ def load_judge(checkpoint: str, server: str | dict[str, Any] | None = None, batc
     if server is not None:
         from visalign.judge_client import ServerJudge
 
-        options = {"url": server} if isinstance(server, str) else dict(server)
+        options: dict[str, Any] = {"url": server} if isinstance(server, str) else dict(server)
         try:
             return ServerJudge(model=checkpoint, **options)
         except TypeError as error:
             raise UserError(f"server {options}: {str(error).removeprefix('ServerJudge.__init__() ')}; it needs url") from None
-    name = locate(checkpoint, "vlm")
-    judge = _loaded.get((name, batch))
+    key = locate(checkpoint, "vlm"), batch
+    judge = _loaded.get(key)
     if judge is None:
-        try:
-            judge = LocalJudge(name, batch)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"checkpoint {checkpoint!r} cannot be loaded as a vision-language model: {reason}; give a folder or hub id of an "
-                "image-text-to-text model, toybox, or name a server"
-            ) from None
-        _loaded[(name, batch)] = judge
+        judge = _loaded[key] = own_judge(checkpoint, batch)
     return judge
+
+
+def own_judge(checkpoint: str, batch: int = 16) -> LocalJudge:
+    """A judge in this process that nobody else holds, to be trained: once its weights require gradients, its answers carry them."""
+    name = locate(checkpoint, "vlm")
+    try:
+        return LocalJudge(name, batch)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"checkpoint {checkpoint!r} cannot be loaded as a vision-language model: {reason}; give a folder or hub id of an "
+            "image-text-to-text model, toybox, or name a server"
+        ) from None
 
 
 _loaded: WeakValueDictionary[tuple[str, int], LocalJudge] = WeakValueDictionary()
@@ -223,7 +228,7 @@ class LocalJudge(nn.Module, Judge):
         inputs = self._inputs(questions)
         parameter = next(self.model.parameters())
         inputs = {name: value.to(parameter.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        learns = any(value.requires_grad for value in inputs.values())
+        learns = any(value.requires_grad for value in (*inputs.values(), *self.model.parameters()))
         with nullcontext() if learns else torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
             return self.model(**inputs, logits_to_keep=keep).logits[:, -keep:].float()
 

@@ -54,6 +54,15 @@ def tiny_detector(folder: Path) -> str:
     return str(folder)
 
 
+def preference_head(folder: Path) -> str:
+    """An untrained head on the toybox's CLIP."""
+    from visalign.heads import PreferenceHead
+
+    torch.manual_seed(0)
+    PreferenceHead("toybox/clip", 96, 16).save(folder)
+    return str(folder)
+
+
 def _class(name: str) -> type[Reward]:
     return registry.load("rewards", name)
 
@@ -76,6 +85,7 @@ FACTORIES: dict[str, Callable[[Path], Reward]] = {
     "prompt_echo": lambda folder: _class("prompt_echo")(checkpoint=save_tiny_vlm(folder)),
     "vlm_rating": lambda folder: _class("vlm_rating")(checkpoint=save_tiny_vlm(folder)),
     "vlm_yes": lambda folder: _class("vlm_yes")(checkpoint=save_tiny_vlm(folder)),
+    "preference": lambda folder: _class("preference")(preference_head(folder)),
     "pickscore": lambda folder: _class("pickscore")(checkpoint=tiny_clip(folder)),
 }
 
