@@ -37,17 +37,8 @@ from visalign.sampling import pictures
 from visalign.trainer import NonFiniteError, Trainer
 
 FOLDER = records.RESULTS / "toybox"
-LEFT_OUT = ("toybox_full",)  # the default job, longer
-SETTINGS = (
-    "policy",
-    "trainer",
-    "exploration",
-    "transition",
-    "credit",
-    "ratio",
-    "optimizer",
-    "rewards",
-)  # what of a recipe is kept with its run
+LEFT_OUT = ("toybox_full", "toybox_reward_model")  # the default job, longer; and one that trains no policy
+SETTINGS = ("policy", "rewards", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # of a recipe, kept with its run
 
 
 def names() -> list[str]:

@@ -149,7 +149,7 @@ def score(
 
 def align(recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Path:
     """Train by a recipe; the same as `visalign train RECIPE key.sub=value …`. Returns the run folder."""
-    return build.trainer(config.load(recipe, dict(overrides) if isinstance(overrides, Mapping) else overrides)).fit()
+    return build.loop(config.load(recipe, dict(overrides) if isinstance(overrides, Mapping) else overrides)).fit()
 
 
 __all__ = ["Result", "align", "load", "load_reward", "panel", "sample", "score"]

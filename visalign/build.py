@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,28 @@ from visalign import base_pictures, checkpoint, prompts, registry, rewarding
 from visalign.config import Config, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
+from visalign.loop import Loop, Session
 from visalign.policy import Policy
-from visalign.trainer import Session, Trainer
+from visalign.trainer import Trainer
+
+
+def algorithm(config: Config) -> type[Trainer]:
+    """The class that trains a recipe's policy. Raises UserError if it trains something else, which has no rollout and no policy."""
+    kind = registry.load("trainers", config.trainer.name)
+    if not issubclass(kind, Trainer):
+        raise UserError(f"{config.trainer.name} trains no policy: nothing to check, evaluate or export; `visalign train` runs its recipe")
+    return kind
 
 
 def trainer(config: Config) -> Trainer:
+    """`loop` for a recipe that trains a policy."""
+    algorithm(config)
+    built = loop(config)
+    assert isinstance(built, Trainer)
+    return built
+
+
+def loop(config: Config) -> Loop:
     """Load everything a recipe names, and write the run folder's config.yaml.
 
     Raises:
@@ -25,8 +43,6 @@ def trainer(config: Config) -> Trainer:
     """
     kind = registry.load("trainers", config.trainer.name)
     config = completed(config, kind.defaults)
-    if not config.rewards:
-        raise UserError("rewards: none given; name at least one, such as rewards.toybox=1.0")
     # what costs nothing to refuse, before weights are loaded
     validate(kind.Config, config.trainer.options, "trainer")
     registry.check_rewards(config.rewards)
@@ -34,11 +50,22 @@ def trainer(config: Config) -> Trainer:
     checkpoint.to_resume(config.run.path, config.run.resume)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    train_prompts, test_prompts = prompts.load(config.prompts.train), prompts.load(config.prompts.test)
     config = config.model_copy(update={"rewards": registry.resolved(config.rewards, config.policy.model)})
     judged = registry.resolved(config.eval.rewards or config.rewards, config.policy.model)
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"rewards": judged})})
     processes = Processes(config.run.device, config.policy.precision)
+    built = kind.of(config, processes, partial(session, config, processes))
+    if processes.main:
+        write_config(config)
+    processes.wait()
+    return built
+
+
+def session(config: Config, processes: Processes) -> Session:
+    """A recipe's policy, rewards and prompts, on this process's device."""
+    if not config.rewards:
+        raise UserError("rewards: none given; name at least one, such as rewards.toybox=1.0")
+    train_prompts, test_prompts = prompts.load(config.prompts.train), prompts.load(config.prompts.test)
     learner = policy(config, processes.device)
     rewards = registry.build_panel(config.rewards, config.policy.model, processes.device, learning=True)
     for alias, reward in rewards.rewards.items():
@@ -49,11 +76,7 @@ def trainer(config: Config) -> Trainer:
     judges = registry.build_panel(config.eval.rewards, config.policy.model, processes.device, learning=True)
     rewarding.share(judges, config.eval.rewards, rewards, config.rewards)
     base_pictures.calibrate(config, learner, {"rewards": rewards, "eval.rewards": judges}, train_prompts, processes)
-    built = kind(Session(config, processes, learner, rewards, judges, train_prompts, test_prompts))
-    if processes.main:
-        write_config(config)
-    processes.wait()
-    return built
+    return Session(config, processes, learner, rewards, judges, train_prompts, test_prompts)
 
 
 def completed(config: Config, defaults: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -105,6 +128,7 @@ def restore(run: Path, device: torch.device) -> Policy:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
     recipe = load(run / "config.yaml")
+    algorithm(recipe)
     saved = checkpoint.found(run / "checkpoints")
     if not saved:
         raise UserError(f"{run} has no checkpoint yet; let it run to its first one (run.checkpoint_every={recipe.run.checkpoint_every})")

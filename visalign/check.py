@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visalign import build, registry, sampling
+from visalign import build, sampling
 from visalign.axes import Exploration
 from visalign.config import Config
 from visalign.noise import gaussian
@@ -61,7 +61,7 @@ def run(recipe: Config) -> Iterator[Finding]:
 
 def small(config: Config, folder: Path) -> Config:
     """The recipe with the least geometry that still has groups: one prompt per process, the smallest group that fits its exploration."""
-    whole = build.completed(config, registry.load("trainers", config.trainer.name).defaults)
+    whole = build.completed(config, build.algorithm(config).defaults)
     group = Exploration(whole.exploration, whole.policy.steps, config.run.seed).smallest_group
     world = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch and torchrun
     options = config.trainer.options | {"prompts": world, "group_size": group, "micro_batch": 2, "updates": 1}

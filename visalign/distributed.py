@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,8 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor
 
 from visalign.errors import UserError
+
+Row = TypeVar("Row")
 
 
 def pick_device(name: str) -> torch.device:
@@ -96,3 +99,8 @@ class Processes:
             raise UserError(f"{what}={count} can't be split over {self.count} processes; use a multiple of {self.count}")
         share = count // self.count
         return slice(self.rank * share, (self.rank + 1) * share)
+
+    def share(self, rows: Sequence[Row]) -> list[Row]:
+        """This process's part of any rows, as long on every process: of what `gather` brings back, the first `len(rows)` count."""
+        share = -(-len(rows) // self.count)
+        return [rows[n % len(rows)] for n in range(self.rank * share, (self.rank + 1) * share)]

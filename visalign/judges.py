@@ -101,13 +101,17 @@ def load_judge(checkpoint: str, server: str | dict[str, Any] | None = None, batc
             return ServerJudge(model=checkpoint, **options)
         except TypeError as error:
             raise UserError(f"server {options}: {str(error).removeprefix('ServerJudge.__init__() ')}; it needs url") from None
-    name = locate(checkpoint, "vlm")
-    judge = _loaded.get((name, batch))
+    key = locate(checkpoint, "vlm"), batch
+    judge = _loaded.get(key)
     if judge is None:
-        with loading(checkpoint, "a vision-language model", "a folder of an image-text-to-text model, a server"):
-            judge = LocalJudge(name, batch)
-        _loaded[(name, batch)] = judge
+        judge = _loaded[key] = own_judge(checkpoint, batch)
     return judge
+
+
+def own_judge(checkpoint: str, batch: int = 16) -> LocalJudge:
+    """A judge in this process that nobody else holds, to be trained: once its weights require gradients, its answers carry them."""
+    with loading(checkpoint, "a vision-language model", "a folder of an image-text-to-text model, a server"):
+        return LocalJudge(locate(checkpoint, "vlm"), batch)
 
 
 _loaded: WeakValueDictionary[tuple[str, int], LocalJudge] = WeakValueDictionary()
@@ -222,7 +226,7 @@ class LocalJudge(nn.Module, Judge):
         inputs = self._inputs(questions)
         parameter = next(self.model.parameters())
         inputs = {name: value.to(parameter.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        learns = any(value.requires_grad for value in inputs.values())
+        learns = any(value.requires_grad for value in (*inputs.values(), *self.model.parameters()))
         with nullcontext() if learns else torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
             return self.model(**inputs, logits_to_keep=keep).logits[:, -keep:].float()
 

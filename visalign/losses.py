@@ -1,4 +1,4 @@
-"""The clipped policy loss, GRPO-Guard's ratio, and the two penalties that keep a policy near its reference.
+"""The clipped policy loss, GRPO-Guard's ratio, the two penalties that keep a policy near its reference, and the loss of preferences.
 
 Densities are means over latent dimensions (`visalign.transitions`), so ratios are close to 1 and clip ranges are tiny: clipping is decided
 on the log-ratio, where float32 still tells 1e-6 from 2e-6. Nothing here waits for the accelerator: metrics are tensors.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from visalign.paths import wide
 
@@ -125,6 +126,23 @@ def per_step_summary(sums: Tensor) -> dict[str, Tensor]:
         "ratio/std": (square / count - mean.square()).clamp(min=0).sqrt(),
         "clip/fraction": clipped / count,
     }
+
+
+def bradley_terry(difference: Tensor, tied: Tensor | None = None, tie_odds: float = 1.0) -> Tensor:
+    """-log P of what was preferred, (B,): -log σ(Δ), the model of Bradley & Terry (1952); with ties that of Rao & Kupper (1967).
+
+    With k = `tie_odds`, P(better) = σ(Δ - log k) and P(tie) = (k² - 1)·σ(Δ - log k)·σ(-Δ - log k), as VideoAlign trains with k = 5
+    (arXiv 2501.13918); k = 1 knows no ties.
+
+    Args:
+        difference: (B,) Δ, the score of the better picture less that of the other; of a tie, in either order.
+        tied: (B,) bool; None: no row is. Needs k > 1.
+    """
+    least = math.log(tie_odds)
+    won = F.softplus(least - difference)
+    if tied is None or tie_odds == 1.0:
+        return won
+    return torch.where(tied, won + F.softplus(least + difference) - math.log(tie_odds**2 - 1), won)
 
 
 def noise_weights(std: Tensor) -> Tensor:

@@ -107,11 +107,11 @@ def _pick(buckets: list[list[int]], position: int, salt: str, cycle: bool = Fals
     number = position % len(buckets)
     bucket = buckets[number]
     epoch, place = divmod(position // len(buckets), len(bucket))
-    return bucket[_order(len(bucket), f"{salt}/{number}/{0 if cycle else epoch}")[place]]
+    return bucket[permutation(len(bucket), f"{salt}/{number}/{0 if cycle else epoch}")[place]]
 
 
 @functools.lru_cache(maxsize=256)
-def _order(count: int, salt: str) -> list[int]:
+def permutation(count: int, salt: str) -> list[int]:
     """A permutation that depends on nothing but its arguments (Python hashes a text seed with SHA-512)."""
     return random.Random(salt).sample(range(count), count)
 

@@ -15,7 +15,7 @@ from visalign import build, cli, config, summary  # noqa: E402
 def main(words: Sequence[str]) -> int:
     """Load, build, fit; the exit code."""
     recipe, overrides = cli.split(words)
-    trainer = build.trainer(config.load(recipe, overrides))
+    trainer = build.loop(config.load(recipe, overrides))
     folder = trainer.fit()
     if trainer.processes.main:
         print(summary.text(folder))

@@ -1,58 +1,34 @@
-"""The training loop that every algorithm shares: collect → credit → loss, with evaluation, checkpoints and a report around it."""
+"""A step of every algorithm that trains a policy: collect → credit → loss; `visalign.loop` is what goes on around it."""
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
-from tqdm import tqdm
 
-from visalign import checkpoint, report, rewarding
+from visalign import rewarding
 from visalign.config import Config as Recipe
 from visalign.config import Fraction, Positive, Section
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.evaluation import Examiner
-from visalign.explain import explain
+from visalign.loop import Defaults, Loop, NonFiniteError, Session
 from visalign.losses import Loss, per_step_statistics, per_step_summary
 from visalign.noise import seed_for
 from visalign.patience import Patience
-from visalign.policy import Average, Policy
-from visalign.prompts import PromptSet
 from visalign.rollout import Minibatch, Prompts, Rollout
-from visalign.scoring import Panel
-from visalign.tracking import Tracker
 
-Defaults = Mapping[str, Mapping[str, Any]]  # section of a recipe -> key -> value
+__all__ = ["Defaults", "NonFiniteError", "Session", "Trainer"]
 
 
-class NonFiniteError(RuntimeError):
-    """The loss is NaN or infinite; the optimizer has not stepped."""
-
-
-@dataclass
-class Session:
-    """What a run is made of."""
-
-    config: Recipe
-    processes: Processes
-    policy: Policy
-    rewards: Panel
-    judges: Panel
-    train_prompts: PromptSet
-    test_prompts: PromptSet
-
-
-class Trainer(ABC):
+class Trainer(Loop):
     """Base of all algorithms: a subclass in `trainers/NAME.py` implements `collect`, `credit` and `loss`.
 
     Its nested `Config` holds its own keys of a recipe's `trainer` section.
@@ -67,26 +43,21 @@ class Trainer(ABC):
         min_valid: Fraction = 0.5  # share of a step's pictures that must have valid scores; a step with fewer is skipped
         patience: Positive = 3  # steps in a row with fewer; the last of them ends the run
 
-    settings: Any  # of the subclass's own Config
     invalid_for_distilled: ClassVar[bool] = False
-    defaults: ClassVar[Defaults] = {}  # section -> key -> value where a recipe says nothing
+    shown: ClassVar[Mapping[str, str]] = {"reward": "reward/mean", "loss": "loss"}
 
     def __init__(self, session: Session):
-        self.session, self.config, self.processes = session, session.config, session.processes
-        self.policy, self.device = session.policy, session.processes.device
-        try:
-            self.settings = type(self).Config.model_validate(self.config.trainer.options)
-        except ValidationError as error:
-            raise UserError(explain(error, type(self).Config, "trainer")) from None
+        super().__init__(session.config, session.processes)
+        self.session, self.policy, self.rewards = session, session.policy, session.rewards.rewards
         self._check_geometry()
-        self.parameters = self.policy.trainable()
-        self.average = Average(self.parameters, self.config.policy.ema) if self.config.policy.ema is not None else None
-        adam = self.config.optimizer
-        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=adam.lr, betas=adam.betas, weight_decay=adam.weight_decay)
-        self.policy.network, self.optimizer = self.processes.accelerator.prepare(self.policy.network, self.optimizer)
+        self.learns(self.policy, self.config.policy.ema)
         self.by_step = torch.zeros(0)  # sums over the transitions of each denoising step, within one training step
         self.patience = Patience(session.rewards, self.processes, self.settings.min_valid, self.settings.patience)
         self.examiner = Examiner(self.config, self.policy, session.judges, session.test_prompts, self.processes)
+
+    @classmethod
+    def of(cls, config: Recipe, processes: Processes, session: Callable[[], Session]) -> Self:
+        return cls(session())
 
     # --- what an algorithm is ------------------------------------------------------------------------------------------
 
@@ -102,41 +73,7 @@ class Trainer(ABC):
     def loss(self, batch: Minibatch) -> Loss:
         """Loss of some transitions, averaged over them."""
 
-    # --- the loop ------------------------------------------------------------------------------------------------------
-
-    def fit(self) -> Path:
-        """Train to `run.steps`; returns the run folder."""
-        run, folder = self.config.run, self.config.run.path
-        saved = self.processes.agree(str(checkpoint.to_resume(folder, run.resume) or ""))
-        done = self.read(Path(saved))[2]["step"] if saved else 0  # a checkpoint that can't be read is refused at once
-        tracker = Tracker(folder, self.config.log, self.config.model_dump(mode="json"), done) if self.processes.main else None
-        base = self.judge(0, scan=not saved)  # before the checkpoint is loaded: every grid shows the untrained model beside the trained
-        if tracker and not done:
-            tracker.log(0, base)
-        if saved:
-            self.load(Path(saved))
-        bar = tqdm(range(done + 1, run.steps + 1), "train", run.steps, initial=done, unit="step", disable=not self.processes.main)
-        for step in bar:
-            row = self.step(step)
-            bar.set_postfix(reward=f"{row['reward/mean']:.3f}", loss=f"{row['loss']:.2e}")
-            judged = step % self.config.eval.every == 0 or step == run.steps
-            row |= self.judge(step) if judged else {}
-            if tracker:
-                tracker.log(step, row)
-            if tracker and judged:
-                tracker.image(step, "before/after", self.examiner.grid_path(step))
-            if step % run.checkpoint_every == 0 or step == run.steps:
-                self.save(step)
-        if tracker:
-            tracker.close()
-            report.write(folder)
-        self.processes.wait()
-        return folder
-
-    def judge(self, step: int, scan: bool = False) -> dict[str, float]:
-        """Evaluate the averaged weights on the test prompts."""
-        with self.average.weights() if self.average else nullcontext():
-            return self.examiner(step, scan)
+    # --- a step --------------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, float]:
         """One collection and its updates; the metrics of the step. Per picture `nfe` are the rollout's forwards, `nfe_credit` those of
@@ -164,9 +101,7 @@ class Trainer(ABC):
         """Every update of a rollout: replay, loss, gradient, optimizer, average."""
         totals: dict[str, Tensor] = {}
         self.by_step = torch.zeros(4, self.config.policy.steps, dtype=torch.float64, device=self.device)
-        rate, trained = self.learning_rate(step), 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate, trained = self.set_learning_rate(step), 0
         for number, batches in enumerate(self.minibatches(rollout, step)):
             metrics = self.update(batches)
             trained += sum(len(batch.first) for batch in batches)
@@ -188,31 +123,9 @@ class Trainer(ABC):
         found = per_step_summary(self.processes.sum(self.by_step)) | {"credit/size": credit / count}
         return {f"{name}/{j}": value for name, values in found.items() for j, value in enumerate(values.tolist()) if math.isfinite(value)}
 
-    def update(self, batches: list[Minibatch]) -> dict[str, Tensor]:
-        """One optimizer step on the mean of the batches' losses, over all processes."""
-        total = sum(map(len, batches))
-        sums: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches):
-            last, share = number == len(batches) - 1, len(batch) / total
-            with nullcontext() if last else self.processes.accelerator.no_sync(self.policy.network):
-                loss = self.loss(batch)
-                self.processes.accelerator.backward(loss.value * share)
-            if loss.log_ratio is not None and loss.clipped is not None:
-                self.by_step += per_step_statistics(loss.log_ratio, loss.clipped, batch.step, self.by_step.shape[1])
-            for name, value in (loss.metrics | {"loss": loss.value.detach()}).items():
-                previous = sums.get(name, value.new_zeros(()))
-                sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
-        sums = {n: self.processes.max(v) if n == "ratio/max_deviation" else self.processes.mean(v) for n, v in sums.items()}
-        if not sums["loss"].isfinite():
-            kept = f"the weights are as before this step (checkpoints: {self.config.run.path})"
-            raise NonFiniteError(f"the loss is {sums['loss'].item()}; {kept}")
-        norm: Any = self.processes.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-        sums["grad_norm"] = torch.as_tensor(norm).detach()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.average:
-            self.average.update()
-        return sums
+    def watch(self, batch: Minibatch, loss: Loss) -> None:
+        if loss.log_ratio is not None and loss.clipped is not None:
+            self.by_step += per_step_statistics(loss.log_ratio, loss.clipped, batch.step, self.by_step.shape[1])
 
     def select(self, rollout: Rollout, step: int) -> Tensor:
         """(N, S) bool: the transitions to train. Here all of them, each edge of a tree once."""
@@ -226,55 +139,11 @@ class Trainer(ABC):
             columns, rows = chosen[share].T.nonzero().unbind(1)
             yield list(rollout.minibatches(share[rows], columns, *shape))
 
-    def learning_rate(self, step: int) -> float:
-        """A function of the absolute step alone, so that a resumed run does not change course."""
-        optimizer = self.config.optimizer
-        if step <= optimizer.warm_up:
-            return optimizer.lr * step / optimizer.warm_up
-        if optimizer.decay_steps is None:
-            return optimizer.lr
-        done = min(1.0, (step - 1) / optimizer.decay_steps)
-        return optimizer.lr + (optimizer.final_lr - optimizer.lr) * done
+    def examine(self, step: int, scan: bool) -> dict[str, float]:
+        return self.examiner(step, scan)
 
-    # --- around the loop -----------------------------------------------------------------------------------------------
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint; only the main process writes, the others wait."""
-        if self.processes.main:
-            names = list(self.policy.named_trainable())
-            tensors: dict[str, dict[str, Tensor]] = {"trainable": {name: p.data for name, p in zip(names, self.parameters, strict=True)}}
-            if self.average:
-                tensors["average"] = dict(zip(names, self.average.values, strict=True))
-            tensors["rewards"] = {f"{a}/{n}": v for a, r in self.session.rewards.rewards.items() for n, v in r.state_dict().items()}
-            updates = self.average.updates if self.average else 0
-            state = {"updates": updates, "seed": self.config.run.seed, "processes": self.processes.count}
-            folder = self.config.run.path / "checkpoints"
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)
-            checkpoint.prune(folder, self.config.run.keep_checkpoints)
-        self.processes.wait()
-
-    def read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
-        """(tensors, optimizer, state) of a checkpoint."""
-        return checkpoint.load(folder, ["trainable", "rewards", *(["average"] if self.average else [])])
-
-    def load(self, folder: Path) -> int:
-        """Go on from a checkpoint: weights, average, optimizer, rewards; the number of steps done."""
-        tensors, optimizer, state = self.read(folder)
-        names = list(self.policy.named_trainable())
-        if set(names) != set(tensors["trainable"]):
-            raise UserError(f"checkpoint {folder} holds other weights than this recipe trains; was policy.lora or policy.model changed?")
-        with torch.no_grad():
-            for name, parameter in zip(names, self.parameters, strict=True):
-                parameter.copy_(tensors["trainable"][name])
-            if self.average:
-                self.average.values = [tensors["average"][name].to(self.device) for name in names]
-                self.average.updates = state["updates"]
-        self.optimizer.load_state_dict(optimizer)
-        for alias, reward in self.session.rewards.rewards.items():
-            own = {n.partition("/")[2]: v for n, v in tensors["rewards"].items() if n.startswith(f"{alias}/")}
-            reward.load_state_dict(own)
-        return int(state["step"])
+    def grid(self, step: int) -> Path:
+        return self.examiner.grid_path(step)
 
     def _check_geometry(self) -> None:
         settings, world = self.settings, self.processes.count
@@ -294,5 +163,3 @@ class Trainer(ABC):
             raise UserError(
                 f"{self.config.trainer.name} trains on the forward process, which is invalid for the step-distilled {self.policy.name}"
             )
-        if math.isclose(self.config.optimizer.lr, 0.0):
-            raise UserError("optimizer.lr=0 trains nothing")

@@ -62,6 +62,15 @@ def dino_folder(folder: Path) -> str:
     return "toybox/dino" if registry.asset("toybox/dino").is_dir() else tiny_dino(folder / "dino")
 
 
+def preference_head(folder: Path) -> str:
+    """An untrained head on the toybox's CLIP."""
+    from visalign.heads import PreferenceHead
+
+    torch.manual_seed(0)
+    PreferenceHead("toybox/clip", 96, 16).save(folder)
+    return str(folder)
+
+
 def _class(name: str) -> type[Reward]:
     return registry.load("rewards", name)
 
@@ -112,6 +121,7 @@ FACTORIES: dict[str, Callable[[Path], Reward]] = {
     "video_reward": lambda folder: _class("video_reward")(checkpoint=tiny_models.video_reward(folder), dtype="fp32"),
     "vlm_rating": lambda folder: _class("vlm_rating")(checkpoint=save_tiny_vlm(folder)),
     "vlm_yes": lambda folder: _class("vlm_yes")(checkpoint=save_tiny_vlm(folder)),
+    "preference": lambda folder: _class("preference")(preference_head(folder)),
 }
 
 

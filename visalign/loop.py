@@ -1,0 +1,236 @@
+"""The loop that everything that learns shares: steps, evaluation, checkpoints and a report around one optimizer.
+
+What learns is a policy (`visalign.trainer.Trainer`) or a reward (`trainers/reward_model.py`); the loop knows neither.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from visalign import checkpoint, report
+from visalign.config import Config as Recipe
+from visalign.config import Section, validate
+from visalign.distributed import Processes
+from visalign.errors import UserError
+from visalign.losses import Loss
+from visalign.policy import Average, Policy
+from visalign.prompts import PromptSet
+from visalign.scoring import Panel, Reward
+from visalign.tracking import Tracker
+
+Defaults = Mapping[str, Mapping[str, Any]]  # section of a recipe -> key -> value
+
+
+class NonFiniteError(RuntimeError):
+    """The loss is NaN or infinite; the optimizer has not stepped."""
+
+
+@dataclass
+class Session:
+    """What a run of a policy is made of."""
+
+    config: Recipe
+    processes: Processes
+    policy: Policy
+    rewards: Panel
+    judges: Panel
+    train_prompts: PromptSet
+    test_prompts: PromptSet
+
+
+class Learner(Protocol):
+    """What learns: `network`, which accelerate may wrap, and its weights by names that the wrapper doesn't change."""
+
+    network: nn.Module
+
+    def named_trainable(self) -> dict[str, nn.Parameter]: ...
+
+
+class Loop(ABC):
+    """Base of all that trains: a subclass says what learns (`learns`, in its `__init__`), and how to take a step and to judge.
+
+    Its nested `Config` holds its own keys of a recipe's `trainer` section.
+    """
+
+    Config: ClassVar[type[Section]] = Section
+    defaults: ClassVar[Defaults] = {}  # section -> key -> value where a recipe says nothing
+    shown: ClassVar[Mapping[str, str]] = {"loss": "loss"}  # beside the progress bar: name -> key of a step's metrics
+
+    settings: Any  # of the subclass's own Config
+    rewards: Mapping[str, Reward] = {}  # whose state belongs into a checkpoint
+
+    def __init__(self, config: Recipe, processes: Processes):
+        self.config, self.processes, self.device = config, processes, processes.device
+        self.settings = validate(type(self).Config, config.trainer.options, "trainer")
+        if math.isclose(config.optimizer.lr, 0.0):
+            raise UserError("optimizer.lr=0 trains nothing")
+
+    def learns(self, learner: Learner, ema: float | None) -> None:
+        """Train this learner, with a moving average of its weights if `ema` is its decay."""
+        self.learner = learner
+        self.parameters = list(learner.named_trainable().values())
+        self.average = Average(self.parameters, ema) if ema is not None else None
+        adam = self.config.optimizer
+        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=adam.lr, betas=adam.betas, weight_decay=adam.weight_decay)
+        learner.network, self.optimizer = self.processes.accelerator.prepare(learner.network, self.optimizer)
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: Recipe, processes: Processes, session: Callable[[], Session]) -> Self:
+        """Built for a recipe; `session` loads its policy, rewards and prompts."""
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, float]:
+        """One training step; its metrics, among them `seconds` and `images`."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Loss:
+        """Loss of a part of a step's data, averaged over it."""
+
+    @abstractmethod
+    def examine(self, step: int, scan: bool) -> dict[str, float]:
+        """Metrics `eval/NAME` of the learner as it is now; with `scan`, which is once, those of its start that take longer."""
+
+    def watch(self, batch: Any, loss: Loss) -> None:
+        """Told of every loss after its backward pass."""
+        del batch, loss
+
+    def grid(self, step: int) -> Path | None:
+        """The pictures that show the last evaluation, if there are any."""
+        del step
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Path:
+        """Train to `run.steps`; returns the run folder."""
+        run, folder = self.config.run, self.config.run.path
+        saved = self.processes.agree(str(checkpoint.to_resume(folder, run.resume) or ""))
+        done = self.read(Path(saved))[2]["step"] if saved else 0  # a checkpoint that can't be read is refused at once
+        tracker = Tracker(folder, self.config.log, self.config.model_dump(mode="json"), done) if self.processes.main else None
+        base = self.judge(0, scan=not saved)  # before the checkpoint is loaded: every grid shows the untrained model beside the trained
+        if tracker and not done:
+            tracker.log(0, base)
+        if saved:
+            self.load(Path(saved))
+        bar = tqdm(
+            range(done + 1, run.steps + 1), initial=done, total=run.steps, desc="train", unit="step", disable=not self.processes.main
+        )
+        for step in bar:
+            row = self.step(step)
+            bar.set_postfix({name: f"{row[key]:.3g}" for name, key in self.shown.items()})
+            judged = step % self.config.eval.every == 0 or step == run.steps
+            row |= self.judge(step) if judged else {}
+            if tracker:
+                tracker.log(step, row)
+            if tracker and judged and (grid := self.grid(step)):
+                tracker.image(step, "before/after", grid)
+            if step % run.checkpoint_every == 0 or step == run.steps:
+                self.save(step)
+        if tracker:
+            tracker.close()
+            report.write(folder)
+        self.processes.wait()
+        return folder
+
+    def judge(self, step: int, scan: bool = False) -> dict[str, float]:
+        """Evaluate the averaged weights on what is held out."""
+        with self.averaged():
+            return self.examine(step, scan)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averaged weights in place of the current ones, if there are any."""
+        return self.average.weights() if self.average else nullcontext()
+
+    def update(self, batches: Sequence[Sized]) -> dict[str, Tensor]:
+        """One optimizer step on the mean of the batches' losses, over all processes."""
+        total = sum(map(len, batches))
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            last, share = number == len(batches) - 1, len(batch) / total
+            with nullcontext() if last else self.processes.accelerator.no_sync(self.learner.network):
+                loss = self.loss(batch)
+                self.processes.accelerator.backward(loss.value * share)
+            self.watch(batch, loss)
+            for name, value in (loss.metrics | {"loss": loss.value.detach()}).items():
+                previous = sums.get(name, value.new_zeros(()))
+                sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
+        sums = {n: self.processes.max(v) if n == "ratio/max_deviation" else self.processes.mean(v) for n, v in sums.items()}
+        if not sums["loss"].isfinite():
+            raise NonFiniteError(
+                f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})"
+            )
+        sums["grad_norm"] = torch.as_tensor(
+            self.processes.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        ).detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update()
+        return sums
+
+    def set_learning_rate(self, step: int) -> float:
+        """That of a step, in every group of the optimizer."""
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def learning_rate(self, step: int) -> float:
+        """A function of the absolute step alone, so that a resumed run does not change course."""
+        optimizer = self.config.optimizer
+        if step <= optimizer.warm_up:
+            return optimizer.lr * step / optimizer.warm_up
+        if optimizer.decay_steps is None:
+            return optimizer.lr
+        done = min(1.0, (step - 1) / optimizer.decay_steps)
+        return optimizer.lr + (optimizer.final_lr - optimizer.lr) * done
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; only the main process writes, the others wait."""
+        if self.processes.main:
+            names = list(self.learner.named_trainable())
+            tensors: dict[str, dict[str, Tensor]] = {"trainable": {name: p.data for name, p in zip(names, self.parameters, strict=True)}}
+            if self.average:
+                tensors["average"] = dict(zip(names, self.average.values, strict=True))
+            tensors["rewards"] = {f"{a}/{n}": v for a, r in self.rewards.items() for n, v in r.state_dict().items()}
+            updates = self.average.updates if self.average else 0
+            state = {"updates": updates, "seed": self.config.run.seed, "processes": self.processes.count}
+            folder = self.config.run.path / "checkpoints"
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)
+            checkpoint.prune(folder, self.config.run.keep_checkpoints)
+        self.processes.wait()
+
+    def read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
+        """(tensors, optimizer, state) of a checkpoint."""
+        return checkpoint.load(folder, ["trainable", "rewards", *(["average"] if self.average else [])])
+
+    def load(self, folder: Path) -> int:
+        """Go on from a checkpoint: weights, average, optimizer, rewards; the number of steps done."""
+        tensors, optimizer, state = self.read(folder)
+        names = list(self.learner.named_trainable())
+        if set(names) != set(tensors["trainable"]):
+            raise UserError(f"checkpoint {folder} holds other weights than this recipe trains; was policy.lora or policy.model changed?")
+        with torch.no_grad():
+            for name, parameter in zip(names, self.parameters, strict=True):
+                parameter.copy_(tensors["trainable"][name])
+            if self.average:
+                self.average.values = [tensors["average"][name].to(self.device) for name in names]
+                self.average.updates = state["updates"]
+        self.optimizer.load_state_dict(optimizer)
+        for alias, reward in self.rewards.items():
+            own = {n.partition("/")[2]: v for n, v in tensors["rewards"].items() if n.startswith(f"{alias}/")}
+            reward.load_state_dict(own)
+        return int(state["step"])
