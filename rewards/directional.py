@@ -2,9 +2,9 @@
 
 Preference scores reward a favourite look whatever the prompt, and a policy that is trained on them collapses to it. D²-Align
 (arXiv 2512.24146) learns one direction b in the encoder's space on pictures of the untrained model, and scores against texts guided along
-it. Differs from the paper: ‖b‖ is bounded. Its stage-1 objective has no minimum in b: as ‖b‖ grows every text becomes b/‖b‖, the score of a
-picture forgets the prompt, and the objective still falls. `radius` stops it where the texts still count (b is added to unit vectors), and b
-is fitted on all pictures at once, from 0, so that it is a function of them alone.
+it. Differs from the paper: ‖b‖ is bounded. Where pictures are nearer to each other than to their texts, as in CLIP's space, the objective
+of stage 1 has no optimum: as ‖b‖ grows every text becomes b/‖b‖, the score forgets the prompt, and the objective still rises. `radius` ends
+that where texts still count (b is added to unit vectors). And b is fitted on all pictures at once, from 0: a function of them alone.
 """
 
 from __future__ import annotations
