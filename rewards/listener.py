@@ -23,7 +23,8 @@ class Listener(Reward):
 
     Args:
         checkpoint, server: the judge, which says what is wrong before it answers; see `visalign.judges.load_judge`.
-        listener, listener_server: the one that reads its reasons and answers the same question. The same model makes a poor listener.
+        listener, listener_server: the one that reads its reasons and answers the same question. The same model makes a poor
+            listener; "auto" is Qwen/Qwen3-VL-8B-Instruct, or the smaller of the toybox's two where the judge is the larger.
         task: what to look at, as in `vlm_yes`.
         batch: questions per forward.
 
@@ -40,13 +41,15 @@ class Listener(Reward):
     def __init__(
         self,
         checkpoint: str = spec.model_id,
-        listener: str = "Qwen/Qwen3-VL-8B-Instruct",
+        listener: str = "auto",
         server: str | dict[str, Any] | None = None,
         listener_server: str | dict[str, Any] | None = None,
         task: str = "alignment",
         batch: int = 16,
     ):
         self.judge: Judge = load_judge(checkpoint, server, batch)
+        if listener == "auto" and listener_server is None:
+            listener = "toybox/vlm_small" if checkpoint.startswith("toybox") else "Qwen/Qwen3-VL-8B-Instruct"
         self.listener: Judge = load_judge(listener, listener_server, batch)
         self.task = task
         self.spec = replace(self.spec, model_id=f"{self.judge.name}, {self.listener.name}")
