@@ -1,8 +1,9 @@
 """`python -m benchmarks.reward_model [--pairs 2500] [--steps 300]`: rewards trained on the toybox, by labels, kind and size.
 
-Pairs are drawn once from the toybox's model on its training prompts and scored by the verifier and by the larger vision-language model;
-four fifths of the prompts are trained, the rest is held out. Every reward learns from either's labels and is held against the verifier: on
-held-out prompts, on pictures drawn at guidance 4, and on scenes of another renderer with one attribute changed in one of the two.
+Pairs are drawn once from the toybox's model on its training prompts and scored by the verifier, for which they differ by more than 0.2, and
+by the larger vision-language model; four fifths of the prompts are trained, the rest is held out. Every reward learns from either's labels
+and is held against the verifier: on held-out prompts, on pictures drawn at guidance 4, and on scenes of another renderer with one attribute
+changed in one of the two.
 
 RewardDance (arXiv 2509.08826) finds that a judge's size shows outside its training distribution, and in the spread of its scores.
 Writes results/reward_model.json and reward_model.md; a reward that is there and was trained alike is not trained again.
@@ -63,6 +64,7 @@ def distributions(folder: Path, count: int, elsewhere: int, changes: dict[str, A
         processes=session.processes,
         batch=given.eval.batch,
         balance=given.prompts.balance,
+        margin=given.trainer.options["margin"],
         **more,
     )
     steps = given.policy.steps
