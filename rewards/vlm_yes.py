@@ -17,6 +17,7 @@ from torch import Tensor
 from visalign.errors import UserError
 from visalign.judges import Judge, Question, load_judge
 from visalign.questions import PAIR, POINT, REASON, before_verdict, fill
+from visalign.references import References
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 
@@ -28,7 +29,8 @@ class VlmYes(Reward):
 
     Args:
         checkpoint, server: see `visalign.judges.load_judge`.
-        mode: "point", or "pair": against the first of `references`, which the batch must have.
+        mode: "point", or "pair": against the prompt's first reference picture.
+        references: where that comes from, see `visalign.references.References`.
         task: what to look at: "alignment", "quality", "style", "text", a sentence of one's own, or "".
         form: "probability" in [0, 1], or "log_odds".
         swap: in pairs, ask in both orders.
@@ -50,6 +52,7 @@ class VlmYes(Reward):
         checkpoint: str = spec.model_id,
         server: str | dict[str, Any] | None = None,
         mode: Literal["point", "pair"] = "point",
+        references: str | None = None,
         task: str = "alignment",
         form: Literal["probability", "log_odds"] = "probability",
         swap: bool = True,
@@ -60,10 +63,10 @@ class VlmYes(Reward):
             raise UserError("vlm_yes: reason=true is for mode=point; a comparison is decided before it is explained")
         self.judge: Judge = load_judge(checkpoint, server, batch)
         self.mode, self.task, self.form, self.swap, self.reason = mode, task, form, swap, reason
-        needs = self.spec.needs | ({"references"} if mode == "pair" else set())
+        self.references = References("vlm_yes", references, 1, lambda images: (images[:1],)) if mode == "pair" else None
         limits = (0.0, 1.0) if form == "probability" else (-math.inf, math.inf)
         differentiable = self.judge.differentiable and not reason
-        self.spec = replace(self.spec, needs=frozenset(needs), range=limits, differentiable=differentiable, model_id=self.judge.name)
+        self.spec = replace(self.spec, range=limits, differentiable=differentiable, model_id=self.judge.name)
 
     def score(self, batch: RewardInput) -> RewardOutput:
         """(N,) float32; invalid where the judge failed or a picture isn't finite."""
@@ -89,9 +92,9 @@ class VlmYes(Reward):
         return self._yes(questions), None, {"texts": said}
 
     def _compared(self, batch: RewardInput) -> tuple[Tensor, Tensor | None]:
-        assert batch.references is not None
-        pairs = zip(batch.images, batch.references, batch.prompts, strict=True)
-        shown = [((reference[0].to(image), image), fill(PAIR, prompt, self.task)) for image, reference, prompt in pairs]
+        assert self.references is not None
+        pairs = zip(batch.images, self.references(batch), batch.prompts, strict=True)
+        shown = [((reference[0].to(image), image), fill(PAIR, prompt, self.task)) for image, (reference,), prompt in pairs]
         first = self._yes([Question(pictures, text) for pictures, text in shown])
         if not self.swap:
             return first, None

@@ -94,7 +94,10 @@ class ServerJudge(Judge):
 
     def _served(self, model: str) -> str:
         try:
-            names = [entry["id"] for entry in self.http.request("GET", f"{self.url}/models").json()["data"]]
+            reply = self.http.request("GET", f"{self.url}/models")
+            if reply.status != 200:
+                raise ValueError(f"status {reply.status}: {reply.data[:200].decode(errors='replace')}")
+            names = [entry["id"] for entry in reply.json()["data"]]
         except (HTTPError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"no judge answers at {self.url} ({reason}); start the server, or give another url") from None
@@ -159,7 +162,8 @@ class ServerJudge(Judge):
             error = f"status {reply.status}: {reply.data[:200].decode(errors='replace')}"
             if reply.status not in RETRIED:
                 break
-            wait = min(LONGEST_WAIT, float(reply.headers.get("retry-after", wait)))
+            asked = reply.headers.get("retry-after", "")  # seconds, or a date, which is passed over
+            wait = min(LONGEST_WAIT, float(asked) if asked.isdigit() else wait)
         raise JudgeError(f"{error} (after {attempt + 1} attempts)")
 
 

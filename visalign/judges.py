@@ -101,10 +101,11 @@ def load_judge(checkpoint: str, server: str | dict[str, Any] | None = None, batc
             return ServerJudge(model=checkpoint, **options)
         except TypeError as error:
             raise UserError(f"server {options}: {str(error).removeprefix('ServerJudge.__init__() ')}; it needs url") from None
-    key = locate(checkpoint, "vlm"), batch
-    judge = _loaded.get(key)
+    name = locate(checkpoint, "vlm")
+    judge = _loaded.get(name)
     if judge is None:
-        judge = _loaded[key] = own_judge(checkpoint, batch)
+        judge = _loaded[name] = own_judge(checkpoint, batch)
+    judge.batch = min(judge.batch, batch)  # who shares a model shares the memory that the most careful one leaves it
     return judge
 
 
@@ -114,7 +115,7 @@ def own_judge(checkpoint: str, batch: int = 16) -> LocalJudge:
         return LocalJudge(locate(checkpoint, "vlm"), batch)
 
 
-_loaded: WeakValueDictionary[tuple[str, int], LocalJudge] = WeakValueDictionary()
+_loaded: WeakValueDictionary[str, LocalJudge] = WeakValueDictionary()
 
 
 class LocalJudge(nn.Module, Judge):
