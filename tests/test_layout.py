@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("", "families", "toybox", "rewards", "trainers")
+FOLDERS = ("", "families", "steering", "toybox", "rewards", "trainers")
 SOURCES = {  # module name -> file
     ".".join(part for part in ("visalign", folder, file.stem) if part): file
     for folder in FOLDERS
@@ -26,11 +26,12 @@ DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures", "heads"}
 ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader", "vision", "replay"}
+ACTING |= {"backprop"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience", "rewarding"}
 PLUMBING |= {"loop", "preferences", "feedback"}
 TRAINING = {"sampling", "scoring", "features", "judges", "heads", "loop", "trainer", "config", "axes", "preferences", "feedback"}
-TRAINING |= {"distributed", "questions"}
+TRAINING |= {"distributed", "questions", "backprop", "noise"}
 ACTING_FOR_REWARDS = ACTING - {"policy", "sampling", "solvers", "branching", "reward_check", "judge_client"}
 REFERENCES = {"references"}
 DOORS = {"train", "cli", "api", "demo"}
@@ -42,12 +43,13 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "families": {"policy", "paths", "schedules", "rollout", "sampling"},
     "references": {"pictures", "preprocess", "scoring", "toybox"},
     "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
-    "trainers": DATA | MATHEMATICS | TRAINING | {"trainers"},
+    "steering": DATA | MATHEMATICS | {"sampling", "backprop", "scoring", "config", "policy", "steering"},
+    "trainers": DATA | MATHEMATICS | TRAINING | {"trainers", "steering"},
     "toybox": {"scoring", "toybox", "schedules", "judges", "questions"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,
 }
 GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "references": REFERENCES, "doors": DOORS}
-PLUG_INS = ("families", "rewards", "trainers")
+PLUG_INS = ("families", "rewards", "trainers")  # steering: trainers may build on its files
 
 
 def group(module: str) -> str:

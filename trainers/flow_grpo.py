@@ -22,14 +22,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign import credit as credits
 from visalign.axes import Credit, Exploration, Ratio
 from visalign.losses import Loss, path_kl, velocity_kl
 from visalign.paths import gain
 from visalign.rollout import Minibatch, Prompts, Rollout
 from visalign.sampling import Dynamics, decode, transition
 from visalign.schedules import StepPlan
-from visalign.scoring import RewardInput
 from visalign.trainer import Session, Trainer
 
 
@@ -83,26 +81,11 @@ class FlowGRPO(Trainer):
             dynamics=self.dynamics,
             keep_predictions=self.crediting.dense or self.ratio.needs_predictions,
         )
-        images = decode(self.policy, trajectory.final, batch)
-        with torch.no_grad():
-            scores = self.session.rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups))
-        rewards, said = scores.by_name(), {"weights": scores.weight, "errors": scores.errors}
-        drawn = Rollout(prompts, condition, trajectory, images, rewards, metrics=self._describe(rewards, prompts.groups), **said)
+        drawn = self.scored(prompts, condition, trajectory, decode(self.policy, trajectory.final, batch))
         if not self.crediting.dense:
             return replace(drawn, metrics=drawn.metrics | {"reward_calls": 1.0})
         values, calls = self.crediting.values(self.policy, drawn, guidance=guidance, batch=batch, plan=self.plan(step))
         return replace(drawn, values=values, metrics=drawn.metrics | {"reward_calls": 1 + calls})
-
-    def _describe(self, rewards: dict[str, Tensor], groups: Tensor) -> dict[str, float]:
-        """reward/NAME, spread/NAME, zero_spread/NAME and the share of invalid scores, over all processes."""
-        metrics: dict[str, Tensor] = {}
-        for name, values in rewards.items():
-            spread = credits.spread(values.cpu(), groups)
-            metrics["reward/mean" if name == "total" else f"reward/{name}"] = values.nanmean().cpu()
-            metrics[f"spread/{name}"], metrics[f"zero_spread/{name}"] = spread["std"], spread["zero_fraction"]
-        metrics["reward/invalid"] = (~rewards["total"].isfinite()).float().mean().cpu()
-        stacked = self.processes.mean(torch.stack([v.float() for v in metrics.values()]).to(self.device))
-        return dict(zip(metrics, stacked.tolist(), strict=True))
 
     def credit(self, rollout: Rollout) -> Tensor:
         return self.crediting.advantages(rollout, self.processes.sum).to(self.device)

@@ -90,18 +90,18 @@ class Policy:
 
     # --- acting --------------------------------------------------------------------------------------------------------
 
-    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
+    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False) -> Tensor:
         """The model's prediction (N, ...) float32 at x (N, ...), sigma (N,).
 
-        With classifier-free guidance both halves are batches of N of their own, in rollout and replay alike, and the unconditional
-        half stays outside the autograd graph: v = v_u + w (v_c - v_u).
+        With classifier-free guidance both halves are batches of N of their own, in rollout and replay alike: v = v_u + w (v_c - v_u).
+        The unconditional half stays outside the autograd graph, unless gradients are to flow `through_guidance`.
         """
         conditional = self._forward(x, sigma, condition.positive())
         if guidance == 1.0:
             return conditional
         if condition.negative is None:
             raise UserError(f"guidance {guidance:g}: {self.name} has no unconditional half to guide away from; use guidance 1")
-        with torch.no_grad():
+        with torch.set_grad_enabled(through_guidance and torch.is_grad_enabled()):
             unconditional = self._forward(x, sigma, condition.unconditional())
         return unconditional + guidance * (conditional - unconditional)
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from visalign import credit as credits
 from visalign import rewarding
 from visalign.config import Config as Recipe
 from visalign.config import Fraction, Positive, Section
@@ -23,7 +24,8 @@ from visalign.loop import Defaults, Loop, NonFiniteError, Session
 from visalign.losses import Loss, per_step_statistics, per_step_summary
 from visalign.noise import seed_for
 from visalign.patience import Patience
-from visalign.rollout import Minibatch, Prompts, Rollout
+from visalign.rollout import Condition, Minibatch, Prompts, Rollout, Trajectory
+from visalign.scoring import RewardInput
 
 __all__ = ["Defaults", "NonFiniteError", "Session", "Trainer"]
 
@@ -144,6 +146,28 @@ class Trainer(Loop):
 
     def grid(self, step: int) -> Path:
         return self.examiner.grid_path(step)
+
+    # --- what algorithms share -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def scored(self, prompts: Prompts, condition: Condition, trajectory: Trajectory, images: Tensor) -> Rollout:
+        """The rollout of these pictures (N, 3, H, W) with the rewards that they get, and what these have to say about themselves."""
+        scores = self.session.rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups))
+        rewards = scores.by_name()
+        metrics = self._describe_rewards(rewards, prompts.groups)
+        said = {"weights": scores.weight, "errors": scores.errors, "metrics": metrics}
+        return Rollout(prompts, condition, trajectory, images, rewards, **said)
+
+    def _describe_rewards(self, rewards: dict[str, Tensor], groups: Tensor) -> dict[str, float]:
+        """reward/NAME, spread/NAME, zero_spread/NAME and the share of invalid scores, over all processes."""
+        metrics: dict[str, Tensor] = {}
+        for name, values in rewards.items():
+            spread = credits.spread(values.cpu(), groups)
+            metrics["reward/mean" if name == "total" else f"reward/{name}"] = values.nanmean().cpu()
+            metrics[f"spread/{name}"], metrics[f"zero_spread/{name}"] = spread["std"], spread["zero_fraction"]
+        metrics["reward/invalid"] = (~rewards["total"].isfinite()).float().mean().cpu()
+        stacked = self.processes.mean(torch.stack([v.float() for v in metrics.values()]).to(self.device))
+        return dict(zip(metrics, stacked.tolist(), strict=True))
 
     def _check_geometry(self) -> None:
         settings, world = self.settings, self.processes.count

@@ -1,0 +1,1 @@
+"""Guided sampling without training: every file is a method."""
