@@ -124,7 +124,8 @@ def write_config(config: Config) -> None:
 
 
 def restore(run: Path, device: torch.device) -> Policy:
-    """The policy of a run with its newest checkpoint's averaged weights (or the trained ones, without an average)."""
+    """The policy of a run with the averaged weights (or the trained ones, without an average) of its best checkpoint, where the recipe
+    keeps that (`eval.keep_best`), else of its newest."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
     recipe = load(run / "config.yaml")
@@ -133,7 +134,8 @@ def restore(run: Path, device: torch.device) -> Policy:
     if not saved:
         raise UserError(f"{run} has no checkpoint yet; let it run to its first one (run.checkpoint_every={recipe.run.checkpoint_every})")
     stem = "trainable" if recipe.policy.ema is None else "average"
-    values = checkpoint.load(saved[-1], [stem])[0][stem]
+    chosen = checkpoint.newest(run / "best", int(saved[-1].name[5:])) if recipe.eval.keep_best else None
+    values = checkpoint.load(chosen or saved[-1], [stem])[0][stem]
     loaded = policy(recipe, device)
     with torch.no_grad():
         for name, parameter in loaded.named_trainable().items():

@@ -79,7 +79,7 @@ def collected(trainer: Trainer) -> Rollout:
     """A rollout whose advantages are +1, -1: replay and gradients must not depend on a reward's spread."""
     rollout = trainer.collect(trainer.draw(1), 1)
     signs = torch.tensor([1.0, -1.0], device=trainer.device).repeat(len(rollout.prompts) // 2)
-    columns = rollout.trajectory.log_probs.shape[1]
+    columns = trainer.credit(rollout).shape[1]
     return replace(rollout, advantages=signs[:, None].repeat(1, columns))
 
 
@@ -118,14 +118,16 @@ def stock(subject: Subject) -> str:
 
 def ratio(subject: Subject) -> str:
     """Replay at the rollout's batch shape gives the rollout's log-probabilities to the bit."""
+    if not subject.rollout.trajectory.log_probs.shape[1]:
+        return "skipped: no timestep is recorded"
     return _within("max |ratio - 1|", _deviation(subject, 1), 0.0)
 
 
 def stacked(subject: Subject) -> str:
     """Replay with all recorded timesteps in one forward: another batch shape, within rounding."""
     columns = subject.rollout.trajectory.log_probs.shape[1]
-    if columns == 1:
-        return "skipped: one recorded timestep"
+    if columns <= 1:
+        return f"skipped: {'one' if columns else 'no'} recorded timestep"
     limit = REPLAY_TOLERANCE[subject.recipe.policy.precision]
     return _within(f"max |ratio - 1| with {columns} timesteps stacked", _deviation(subject, columns), limit)
 

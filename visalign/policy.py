@@ -54,6 +54,15 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """(N, ...) latents to (N, 3, H, W) pictures in [0, 1]; differentiable."""
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) pictures in [0, 1] to (N, ...) clean latents; pictures of another size are scaled and their middle is cut out.
+
+        Raises:
+            UserError: this family can't.
+        """
+        del images
+        raise UserError(f"{type(self).__name__} has no way from given pictures to latents; train on pictures that the policy draws instead")
+
     def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
         """The wrapped pipeline's own pictures (N, 3, H, W) in [0, 1] from the same initial noise."""
         raise NotImplementedError(f"{type(self).__name__} wraps no stock pipeline")
@@ -178,29 +187,39 @@ class Policy:
                 yield
 
 
-class Average:
+class Snapshot:
+    """Other values of the trainable weights: a policy of before, which may follow the current one."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def follow(self, keep: float = 0.0) -> None:
+        """Move to keep·own + (1 - keep)·current weights; 0 copies them."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter.detach(), 1 - keep)
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """These weights in place of the current ones."""
+        with swapped(self.parameters, self.values):
+            yield
+
+
+class Average(Snapshot):
     """Exponential moving average of the trainable weights, for rollouts, evaluation and export.
 
     The decay warms up, min(decay, (1 + n) / (10 + n)), and `update` is called once per optimizer step.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
-        self.parameters, self.decay = list(parameters), decay
-        self.values = [p.detach().clone() for p in self.parameters]
-        self.updates = 0
+        super().__init__(parameters)
+        self.decay, self.updates = decay, 0
 
-    @torch.no_grad()
     def update(self) -> None:
-        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.follow(min(self.decay, (1 + self.updates) / (10 + self.updates)))
         self.updates += 1
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            value.lerp_(parameter.detach(), 1 - keep)
-
-    @contextmanager
-    def weights(self) -> Iterator[None]:
-        """The averaged weights in place of the current ones."""
-        with swapped(self.parameters, self.values):
-            yield
 
 
 @contextmanager

@@ -250,3 +250,42 @@ class Minibatch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards with a backward that its loss takes."""
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Clean latents mixed with noise, for losses on the forward process: of U samples, or of U pairs that share time and noise.
+
+    Attributes:
+        x: (B, ...) float32 mixtures; B = U, or 2·U with the first members of all pairs before the second ones.
+        clean, target: (B, ...) float32 the latents, and what the network should say of the mixtures.
+        time: (B,) of the model's path.
+        condition: B rows.
+        credit: (U,) float32 what credit says of each sample or pair.
+        weight: (U,) float32 of each in the mean; 0 for one that is there to keep processes in step.
+    """
+
+    x: Tensor
+    clean: Tensor
+    target: Tensor
+    time: Tensor
+    condition: Condition
+    credit: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards with a backward that its loss takes."""
+        return len(self.x)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Weighted mean () of the samples' or pairs' values (U,)."""
+        return (self.weight * values).mean()
