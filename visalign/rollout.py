@@ -216,6 +216,8 @@ class Rollout:
             condition=self.condition.take(rows),
             first=first,
             start=start,
+            row=rows,
+            column=columns,
             prediction=None if trajectory.predictions is None else trajectory.predictions[rows, before],
         )
 
@@ -233,6 +235,7 @@ class Minibatch:
         condition: B rows.
         first: (V,) int64, a transition that leaves each state; repeats at the end only make up the rollout's batch shape.
         start: (B,) int64 in [0, V), the state that each transition leaves.
+        row, column: (B,) int64, the sample and the recorded step that each transition is.
         prediction: (B, ...) of the policy that drew them, where the rollout kept it.
     """
 
@@ -246,6 +249,8 @@ class Minibatch:
     condition: Condition
     first: Tensor
     start: Tensor
+    row: Tensor
+    column: Tensor
     prediction: Tensor | None = None
 
     def __len__(self) -> int:

@@ -103,16 +103,17 @@ class Trainer(Loop):
         """Every update of a rollout: replay, loss, gradient, optimizer, average."""
         totals: dict[str, Tensor] = {}
         self.by_step = torch.zeros(4, self.config.policy.steps, dtype=torch.float64, device=self.device)
-        rate, trained = self.set_learning_rate(step), 0
-        for number, batches in enumerate(self.minibatches(rollout, step)):
+        rate, trained, updates = self.set_learning_rate(step), 0, 0
+        for batches in self.minibatches(rollout, step):
             metrics = self.update(batches)
             trained += sum(batch.forwards for batch in batches)
-            if number:  # only before the first update does the ratio measure how exact the replay is
+            if updates:  # only before the first update does the ratio measure how exact the replay is
                 metrics.pop("ratio/max_deviation", None)
+            updates += 1
             for name, value in metrics.items():
-                share = 1 if name == "ratio/max_deviation" else self.settings.updates
-                totals[name] = totals.get(name, value.new_zeros(())) + value / share
-        metrics = {name: value.item() for name, value in totals.items()} | self.describe(rollout)
+                totals[name] = totals.get(name, value.new_zeros(())) + value
+        means = {name: value / (1 if name == "ratio/max_deviation" else updates) for name, value in totals.items()}
+        metrics = {name: value.item() for name, value in means.items()} | self.describe(rollout)
         return metrics | {"lr": rate, "nfe_backward": trained / len(rollout.prompts)}
 
     def describe(self, rollout: Rollout) -> dict[str, float]:
