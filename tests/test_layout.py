@@ -26,12 +26,12 @@ DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures", "heads"}
 ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader", "vision", "replay"}
-ACTING |= {"backprop"}
+ACTING |= {"backprop", "pathwise"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience", "rewarding"}
 PLUMBING |= {"loop", "preferences", "feedback"}
 TRAINING = {"sampling", "scoring", "features", "judges", "heads", "loop", "trainer", "config", "axes", "preferences", "feedback"}
-TRAINING |= {"distributed", "questions", "backprop", "noise"}
+TRAINING |= {"distributed", "questions", "backprop", "noise", "references", "pathwise", "composite"}
 ACTING_FOR_REWARDS = ACTING - {"policy", "sampling", "solvers", "branching", "reward_check", "judge_client"}
 REFERENCES = {"references"}
 DOORS = {"train", "cli", "api", "demo"}
@@ -40,7 +40,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "mathematics": DATA,
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
-    "families": {"policy", "paths", "schedules", "rollout", "sampling"},
+    "families": {"policy", "paths", "schedules", "rollout", "sampling", "preprocess"},
     "references": {"pictures", "preprocess", "scoring", "toybox"},
     "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
     "steering": DATA | MATHEMATICS | {"sampling", "backprop", "scoring", "config", "policy", "steering"},

@@ -104,9 +104,7 @@ class FlowGRPO(Trainer):
         loss = self.ratio.loss(batch, law, prediction)
         if not self.settings.kl:
             return loss
-        with torch.no_grad(), self.policy.reference():
-            reference = self.predict(batch)
-        kl = self.penalty(batch, prediction, reference).mean()
+        kl = self.penalty(batch, prediction, self.anchor(batch)).mean()
         return replace(loss, value=loss.value + self.settings.kl * kl, metrics=loss.metrics | {"kl": kl.detach()})
 
     def predict(self, batch: Minibatch) -> Tensor:
@@ -114,6 +112,12 @@ class FlowGRPO(Trainer):
         first = batch.first
         said = self.policy.predict(batch.x[first], batch.sigma[first], batch.condition.take(first), self.config.policy.guidance)
         return said[batch.start]
+
+    @torch.no_grad()
+    def anchor(self, batch: Minibatch) -> Tensor:
+        """(B, ...) what the penalty holds predictions to: those of the model before training."""
+        with self.policy.reference():
+            return self.predict(batch)
 
     def penalty(self, batch: Minibatch, prediction: Tensor, reference: Tensor) -> Tensor:
         """(B,) distance of two predictions in the form that `kl_form` names."""
