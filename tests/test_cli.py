@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from visalign import checkpoint, cli
 from visalign.families.toy import Toy
@@ -323,6 +324,19 @@ def test_export_writes_a_pipeline(finished: Path, tmp_path: Path, refused: Refus
     assert (tmp_path / "out" / "model_index.json").is_file()
     (tmp_path / "file").write_text("in the way")
     assert "--out: cannot write to" in refused("export", run, "--out", tmp_path / "file")
+
+
+def test_export_of_two_runs_blended(finished: Path, again: Path, tmp_path: Path, refused: Refused) -> None:
+    run, other = finished.parent / "run", again.parent / "run"
+    weights = other / "checkpoints" / "step_2" / "average.safetensors"
+    known = load_file(weights)
+    name = next(iter(known))
+    save_file(known | {name: known[name] + 1}, weights)
+    assert cli.main(["export", str(run), "--blend", f"{other}=0.25", "--out", str(tmp_path / "out")]) == 0
+    mixed = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(mixed[name], known[name] + 0.25)
+    assert "--blend half: expected RUN=SHARE" in refused("export", run, "--blend", "half", "--out", tmp_path / "out")
+    assert "with a share from 0 to 1" in refused("export", run, "--blend", f"{other}=2", "--out", tmp_path / "out")
 
 
 def test_export_before_the_first_checkpoint(refused: Refused, again: Path) -> None:

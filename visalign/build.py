@@ -160,9 +160,7 @@ def export(policy: Policy, folder: Path, merge: bool = False) -> str:
 
             policy.family.save_adapter(folder, get_peft_model_state_dict(network))
             return "adapter"
-        if policy.lora:
-            network.fuse_lora()
-            network.unload_lora()
+        policy.merge()
         policy.family.save(folder)
         return "pipeline"
     except NotImplementedError as reason:

@@ -117,10 +117,12 @@ def stock(subject: Subject) -> str:
 
 
 def ratio(subject: Subject) -> str:
-    """Replay at the rollout's batch shape gives the rollout's log-probabilities to the bit."""
-    if not subject.rollout.trajectory.log_probs.shape[1]:
+    """Replay at the rollout's batch shape gives, to the bit, the rollout's log-probabilities; where there are none, its latents."""
+    trainer = subject.trainer
+    if trainer.deviation == "ratio/max_deviation" and not subject.rollout.trajectory.log_probs.shape[1]:
         return "skipped: no timestep is recorded"
-    return _within("max |ratio - 1|", _deviation(subject, 1), 0.0)
+    what = {"ratio/max_deviation": "max |ratio - 1|", "replay/max_deviation": "max |Δ latent|"}[trainer.deviation]
+    return _within(what, _deviation(subject, 1), 0.0)
 
 
 def stacked(subject: Subject) -> str:
@@ -128,6 +130,8 @@ def stacked(subject: Subject) -> str:
     columns = subject.rollout.trajectory.log_probs.shape[1]
     if columns <= 1:
         return f"skipped: {'one' if columns else 'no'} recorded timestep"
+    if subject.trainer.deviation != "ratio/max_deviation":
+        return "skipped: no ratio"
     limit = REPLAY_TOLERANCE[subject.recipe.policy.precision]
     return _within(f"max |ratio - 1| with {columns} timesteps stacked", _deviation(subject, columns), limit)
 
@@ -230,12 +234,12 @@ def _advantages(rollout: Rollout) -> Tensor:
 
 
 def _deviation(subject: Subject, stack: int) -> float:
-    """Largest |ratio - 1| of a replay with `stack` timesteps a forward, no update in between."""
+    """Largest deviation of a replay with `stack` timesteps a forward, no update in between."""
     trainer, rollout = subject.trainer, subject.rollout
     columns, rows = rollout.trajectory.distinct().T.nonzero().unbind(1)
     worst = torch.zeros((), device=trainer.device)
     for batch in rollout.minibatches(rows, columns, trainer.settings.micro_batch, stack):
-        worst = torch.maximum(worst, trainer.loss(batch).metrics["ratio/max_deviation"])
+        worst = torch.maximum(worst, trainer.loss(batch).metrics[trainer.deviation])
     return trainer.processes.max(worst).item()
 
 

@@ -49,6 +49,7 @@ def parser() -> Parser:
     one.add_argument("run", type=Path, metavar="RUN")
     one.add_argument("--out", type=Path, required=True, metavar="DIR")
     one.add_argument("--merge", action="store_true", help="the whole pipeline with the adapter merged")
+    one.add_argument("--blend", metavar="RUN=SHARE", help="merge, and mix in a share of another run's weights, from 0 to 1")
     one = commands.add_parser("list", help="what there is")
     one.add_argument("kind", nargs="?", choices=["rewards", "trainers", "families", "configs", "schema"])
     for name, text in LATER.items():
@@ -170,11 +171,28 @@ def _score(parsed: argparse.Namespace) -> int:
 def _export(parsed: argparse.Namespace) -> int:
     from visalign import build
     from visalign.distributed import pick_device
+    from visalign.policy import interpolated
 
-    policy = build.restore(parsed.run, pick_device("cpu"))
+    device = pick_device("cpu")
+    policy = build.restore(parsed.run, device)
+    if parsed.blend:
+        other, share = _blend(parsed.blend)
+        policy.family.network.load_state_dict(interpolated(policy, build.restore(other, device), share))
     kind = build.export(policy, parsed.out, parsed.merge)
     print(f"{kind} of {parsed.run} → {parsed.out}")
     return 0
+
+
+def _blend(word: str) -> tuple[Path, float]:
+    """`RUN=SHARE`."""
+    run, _, number = word.rpartition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if not run or not 0 <= share <= 1:
+        raise UserError(f"--blend {word}: expected RUN=SHARE, such as runs/diverse=0.5, with a share from 0 to 1")
+    return Path(run), share
 
 
 def _list(parsed: argparse.Namespace) -> int:

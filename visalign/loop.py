@@ -165,16 +165,19 @@ class Loop(ABC):
         """One optimizer step on the mean of the batches' losses, over all processes."""
         total = sum(map(len, batches))
         sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}  # not every batch need have every metric
         for number, batch in enumerate(batches):
-            last, share = number == len(batches) - 1, len(batch) / total
+            last = number == len(batches) - 1
             with nullcontext() if last else self.processes.accelerator.no_sync(self.learner.network):
                 loss = self.loss(batch)
-                self.processes.accelerator.backward(loss.value * share)
+                self.processes.accelerator.backward(loss.value * (len(batch) / total))
             self.watch(batch, loss)
             for name, value in (loss.metrics | {"loss": loss.value.detach()}).items():
                 previous = sums.get(name, value.new_zeros(()))
-                sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
-        sums = {n: self.processes.max(v) if n == "ratio/max_deviation" else self.processes.mean(v) for n, v in sums.items()}
+                sums[name] = torch.maximum(previous, value) if name.endswith("max_deviation") else previous + value * len(batch)
+                counts[name] = counts.get(name, 0) + len(batch)
+        most, mean = self.processes.max, self.processes.mean
+        sums = {name: most(value) if name.endswith("max_deviation") else mean(value / counts[name]) for name, value in sums.items()}
         if not sums["loss"].isfinite():
             raise NonFiniteError(
                 f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})"
