@@ -14,7 +14,7 @@ from visalign import base_pictures, checkpoint, prompts, registry, rewarding
 from visalign.config import Config, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
-from visalign.loop import Loop, Session
+from visalign.loop import Job, Session
 from visalign.policy import Policy
 from visalign.trainer import Trainer
 
@@ -35,7 +35,7 @@ def trainer(config: Config) -> Trainer:
     return built
 
 
-def loop(config: Config) -> Loop:
+def loop(config: Config) -> Job:
     """Load everything a recipe names, and write the run folder's config.yaml.
 
     Raises:
