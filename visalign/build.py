@@ -16,6 +16,7 @@ from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.loop import Job, Session
 from visalign.policy import Policy
+from visalign.shifted_noise import ShiftedNoise
 from visalign.trainer import Trainer
 
 
@@ -93,6 +94,10 @@ def policy(config: Config, device: torch.device) -> Policy:
     section = config.policy
     options = dict(section.options) | ({"resolution": section.resolution} if section.resolution else {})
     loaded = registry.load_policy(section.model, section.family, section.precision, section.dtype, **options)
+    if registry.load("trainers", config.trainer.name).moves_noise:
+        if not section.lora:
+            raise UserError(f"policy.lora: {config.trainer.name} trains an adapter that predicts noise; give it one, such as rank 32")
+        loaded = ShiftedNoise(loaded.family, loaded.precision, loaded.name)
     torch.manual_seed(config.run.seed)  # the adapter's first weights
     if section.lora and section.train:
         raise UserError("policy.train is for full fine-tuning: set policy.lora=null, or choose the adapter's layers by policy.lora.targets")
@@ -146,8 +151,13 @@ def export(policy: Policy, folder: Path, merge: bool = False) -> str:
 
     Args:
         merge: write the whole pipeline with the adapter merged into it.
+
+    Raises:
+        UserError: no such format, a folder that can't be written to, or an adapter that isn't one of the weights.
     """
     network: Any = policy.family.network
+    if isinstance(policy, ShiftedNoise):
+        raise UserError("export: this adapter predicts noise, which stock pipelines can't make use of; `visalign evaluate RUN` can")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -64,6 +64,7 @@ class Job(ABC):
 
     Config: ClassVar[type[Section]] = Section
     defaults: ClassVar[Defaults] = {}  # section -> key -> value where a recipe says nothing
+    moves_noise: ClassVar[bool] = False  # the policy's adapter moves the initial noise instead of the weights
 
     settings: Any  # of the subclass's own Config
 
@@ -176,8 +177,8 @@ class Loop(Job):
             self.watch(batch, loss)
             for name, value in (loss.metrics | {"loss": loss.value.detach()}).items():
                 previous = sums.get(name, value.new_zeros(()))
-                sums[name] = torch.maximum(previous, value) if name == "ratio/max_deviation" else previous + value * share
-        sums = {n: self.processes.max(v) if n == "ratio/max_deviation" else self.processes.mean(v) for n, v in sums.items()}
+                sums[name] = torch.maximum(previous, value) if name.endswith("max_deviation") else previous + value * share
+        sums = {n: self.processes.max(v) if n.endswith("max_deviation") else self.processes.mean(v) for n, v in sums.items()}
         if not sums["loss"].isfinite():
             raise NonFiniteError(
                 f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})"

@@ -158,7 +158,7 @@ class Rollout:
         rewards: alias -> (N,) float32, NaN where a reward failed.
         weights: (N,) in [0, 1], how much each sample's advantage counts; None: 1.
         errors: alias -> what a reward said of the samples that it could not score.
-        advantages: (N, S) float32; 0 where a sample carries no signal.
+        advantages: (N, S) float32, or (N, S, ...) with a number for every latent element; 0 where a sample carries no signal.
         values: (N, K) float32, the reward of every stored state's completion, where credit asks for it.
         metrics: what the collection has to say about itself.
     """
@@ -229,7 +229,7 @@ class Minibatch:
         sigma, sigma_next: (B,) float.
         step: (B,) int64 index into the sigma grid.
         log_prob: (B,) float32, the rollout's.
-        advantage: (B,) float32.
+        advantage: (B,) or (B, ...) float32.
         condition: B rows.
         first: (V,) int64, a transition that leaves each state; repeats at the end only make up the rollout's batch shape.
         start: (B,) int64 in [0, V), the state that each transition leaves.

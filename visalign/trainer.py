@@ -46,6 +46,8 @@ class Trainer(Loop):
         patience: Positive = 3  # steps in a row with fewer; the last of them ends the run
 
     invalid_for_distilled: ClassVar[bool] = False
+    compares: ClassVar[bool] = True  # the members of a group with one another: a group of one would teach nothing
+    deviation: ClassVar[str] = "ratio/max_deviation"  # metric of a loss: how far a replay is from what the rollout drew
     shown: ClassVar[Mapping[str, str]] = {"reward": "reward/mean", "loss": "loss"}
 
     def __init__(self, session: Session):
@@ -119,8 +121,9 @@ class Trainer(Loop):
         """For every denoising step that was trained: its ratio, its clip fraction and the mean size of its credit."""
         steps = rollout.trajectory.steps
         assert rollout.advantages is not None
+        size = rollout.advantages.abs().double().flatten(2).mean(2) if rollout.advantages.ndim > 2 else rollout.advantages.abs().double()
         table = torch.zeros(2, self.config.policy.steps, dtype=torch.float64, device=self.device)
-        table.index_add_(1, steps.flatten(), torch.stack([rollout.advantages.abs().double(), torch.ones_like(steps).double()]).flatten(1))
+        table.index_add_(1, steps.flatten(), torch.stack([size, torch.ones_like(size)]).flatten(1))
         credit, count = self.processes.sum(table)
         found = per_step_summary(self.processes.sum(self.by_step)) | {"credit/size": credit / count}
         return {f"{name}/{j}": value for name, values in found.items() for j, value in enumerate(values.tolist()) if math.isfinite(value)}
@@ -162,9 +165,10 @@ class Trainer(Loop):
         """reward/NAME, spread/NAME, zero_spread/NAME and the share of invalid scores, over all processes."""
         metrics: dict[str, Tensor] = {}
         for name, values in rewards.items():
-            spread = credits.spread(values.cpu(), groups)
             metrics["reward/mean" if name == "total" else f"reward/{name}"] = values.nanmean().cpu()
-            metrics[f"spread/{name}"], metrics[f"zero_spread/{name}"] = spread["std"], spread["zero_fraction"]
+            if self.settings.group_size > 1:
+                spread = credits.spread(values.cpu(), groups)
+                metrics[f"spread/{name}"], metrics[f"zero_spread/{name}"] = spread["std"], spread["zero_fraction"]
         metrics["reward/invalid"] = (~rewards["total"].isfinite()).float().mean().cpu()
         stacked = self.processes.mean(torch.stack([v.float() for v in metrics.values()]).to(self.device))
         return dict(zip(metrics, stacked.tolist(), strict=True))
@@ -176,7 +180,7 @@ class Trainer(Loop):
                 f"trainer.prompts={settings.prompts} can't be split into whole groups over {world} processes; use a multiple of {world}"
             )
         own = settings.prompts // world * settings.group_size
-        if settings.group_size < 2:
+        if settings.group_size < 2 and self.compares:
             raise UserError("trainer.group_size=1: a group of one has nothing to be compared with; use 2 or more")
         if own % (settings.updates * min(settings.micro_batch, own)):
             raise UserError(

@@ -84,8 +84,9 @@ class Spent:
 
 @dataclass(frozen=True)
 class Look:
-    """What `look` sees: `images` (N, 3, H, W), their `scores`, the `gradient` (N, ...) by the noise, and the cost per picture."""
+    """What `look` sees: clean `latents` (N, ...), `images` (N, 3, H, W), `scores`, the `gradient` (N, ...) by the noise, and the cost."""
 
+    latents: Tensor
     images: Tensor
     scores: Scores
     gradient: Tensor
@@ -229,7 +230,7 @@ def look(
         gradient = gradient * expand(scores.weight.detach().nan_to_num(0.0).to(gradient), gradient)
     gradient = torch.where(expand(gradient.flatten(1).isfinite().all(1), gradient), gradient, 0.0)
     backwards = steps * (1 if guidance == 1.0 else 2) if slope else 0
-    return Look(images.detach(), scores, gradient, Spent((policy.nfe - before) / len(x), backwards, 1.0))
+    return Look(final.detach(), images.detach(), scores, gradient, Spent((policy.nfe - before) / len(x), backwards, 1.0))
 
 
 def check(rewards: Panel, exact: bool, otherwise: str) -> None:
