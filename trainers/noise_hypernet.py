@@ -59,6 +59,10 @@ class NoiseHypernet(Trainer):
     compares: ClassVar[bool] = False
     deviation: ClassVar[str] = "replay/max_deviation"
 
+    @classmethod
+    def climbs(cls, settings: Config) -> bool:
+        return True
+
     def __init__(self, session: Session):
         super().__init__(session)
         check(session.rewards, exact=True, otherwise="use one that has, such as clip_score, or weight 0")

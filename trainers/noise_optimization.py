@@ -40,6 +40,10 @@ class NoiseOptimization(Job):
     defaults: ClassVar[Defaults] = {"policy": {"lora": None, "ema": None, "steps": 1}}
 
     @classmethod
+    def climbs(cls, settings: Config) -> bool:
+        return settings.gradient == "exact"
+
+    @classmethod
     def of(cls, config: Recipe, processes: Processes, session: Callable[[], Session]) -> Self:
         return cls(config, processes, session())
 

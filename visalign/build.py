@@ -11,11 +11,12 @@ import torch
 import yaml
 
 from visalign import base_pictures, checkpoint, prompts, registry, rewarding
-from visalign.config import Config, load, validate
+from visalign.config import Config, RewardSection, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.loop import Job, Session
 from visalign.policy import Policy
+from visalign.scoring import RewardSpec
 from visalign.shifted_noise import ShiftedNoise
 from visalign.trainer import Trainer
 
@@ -45,9 +46,11 @@ def loop(config: Config) -> Job:
     kind = registry.load("trainers", config.trainer.name)
     config = completed(config, kind.defaults)
     # what costs nothing to refuse, before weights are loaded
-    validate(kind.Config, config.trainer.options, "trainer")
+    settings = validate(kind.Config, config.trainer.options, "trainer")
     registry.check_rewards(config.rewards)
     registry.check_rewards(config.eval.rewards, "eval.rewards")
+    if kind.climbs(settings):
+        check_gradients({f"rewards.{alias}": section for alias, section in config.rewards.items()}, config.trainer.name)
     checkpoint.to_resume(config.run.path, config.run.resume)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -60,6 +63,19 @@ def loop(config: Config) -> Job:
         write_config(config)
     processes.wait()
     return built
+
+
+def check_gradients(rewards: Mapping[str, RewardSection], trainer: str) -> None:
+    """Refuse rewards with a weight, at any depth, whose class says that they have no gradient. Raises UserError, which names the key."""
+    for path, section in rewards.items():
+        kind = registry.load("rewards", section.use)
+        spec = getattr(kind, "spec", None)  # of a class: what it is at best
+        if section.weight and isinstance(spec, RewardSpec) and not spec.differentiable:
+            raise UserError(
+                f"{path}: {section.use} has no gradient, which {trainer} follows; use one that has, such as clip_score, or weight 0"
+            )
+        if section.weight:
+            check_gradients(registry.members(kind, section.options, path), trainer)
 
 
 def session(config: Config, processes: Processes) -> Session:

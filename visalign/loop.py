@@ -73,6 +73,12 @@ class Job(ABC):
         self.settings = validate(type(self).Config, config.trainer.options, "trainer")
 
     @classmethod
+    def climbs(cls, settings: Any) -> bool:
+        """Whether it follows the gradient of every reward, so that those which have none are refused before anything is loaded."""
+        del settings
+        return False
+
+    @classmethod
     @abstractmethod
     def of(cls, config: Recipe, processes: Processes, session: Callable[[], Session]) -> Self:
         """Built for a recipe; `session` loads its policy, rewards and prompts."""

@@ -128,9 +128,16 @@ def test_a_folder_with_results_is_not_mixed_with_others(tmp_path: Path) -> None:
     assert loop(recipe(tmp_path, eval__images=3)).fit().is_dir(), "more pictures of the same recipe go on"
 
 
-def test_rewards_without_gradient_need_pairs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rewards\.toybox: toybox has no gradient .*gradient=antithetic"):
-        build.loop(recipe(tmp_path, rewards__toybox={"use": "toybox"}))
+def test_rewards_without_gradient_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    given = {"policy__model": "nowhere/to/be/found", "rewards__toybox": {"use": "toybox"}}
+    with pytest.raises(UserError, match=r"rewards\.toybox: toybox has no gradient, which noise_optimization follows"):
+        build.loop(recipe(tmp_path, **given))
+    inside = {"use": "geometric", "of": {"clip_score": 1.0, "seen": {"use": "jpeg"}}}
+    with pytest.raises(UserError, match=r"rewards\.close\.of\.seen: jpeg has no gradient"):
+        build.loop(recipe(tmp_path, policy__model="nowhere/to/be/found", rewards__close=inside))
+    for changes in ({"trainer__gradient": "antithetic"}, {"rewards__toybox": {"use": "toybox", "weight": 0}}):
+        with pytest.raises(UserError, match="nowhere"):
+            build.loop(recipe(tmp_path, **given | changes))
 
 
 def test_the_packaged_recipe_runs(tmp_path: Path) -> None:
