@@ -35,7 +35,12 @@ class PromptEcho(Reward):
     """
 
     spec = RewardSpec(
-        "prompt_echo", needs=frozenset({"prompt"}), range=(-math.inf, 0.0), model_id="Qwen/Qwen3-VL-8B-Instruct", licence="Apache-2.0"
+        "prompt_echo",
+        differentiable=True,  # at best: a server's judge has no gradient
+        needs=frozenset({"prompt"}),
+        range=(-math.inf, 0.0),
+        model_id="Qwen/Qwen3-VL-8B-Instruct",
+        licence="Apache-2.0",
     )
 
     def __init__(

@@ -41,7 +41,12 @@ class VlmRating(Reward):
     """
 
     spec = RewardSpec(
-        "vlm_rating", needs=frozenset({"prompt"}), range=(0.0, 1.0), model_id="Qwen/Qwen2.5-VL-7B-Instruct", licence="Apache-2.0"
+        "vlm_rating",
+        differentiable=True,  # at best: a server's judge has no gradient
+        needs=frozenset({"prompt"}),
+        range=(0.0, 1.0),
+        model_id="Qwen/Qwen2.5-VL-7B-Instruct",
+        licence="Apache-2.0",
     )
 
     def __init__(

@@ -44,7 +44,12 @@ class VlmYes(Reward):
     """
 
     spec = RewardSpec(
-        "vlm_yes", needs=frozenset({"prompt"}), range=(0.0, 1.0), model_id="Qwen/Qwen2.5-VL-7B-Instruct", licence="Apache-2.0"
+        "vlm_yes",
+        differentiable=True,  # at best: a server's judge, and reasons, have no gradient
+        needs=frozenset({"prompt"}),
+        range=(0.0, 1.0),
+        model_id="Qwen/Qwen2.5-VL-7B-Instruct",
+        licence="Apache-2.0",
     )
 
     def __init__(

@@ -11,11 +11,13 @@ import torch
 import yaml
 
 from visalign import base_pictures, checkpoint, prompts, registry, rewarding
-from visalign.config import Config, load, validate
+from visalign.config import Config, RewardSection, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
-from visalign.loop import Loop, Session
+from visalign.loop import Job, Session
 from visalign.policy import Policy
+from visalign.scoring import RewardSpec
+from visalign.shifted_noise import ShiftedNoise
 from visalign.trainer import Trainer
 
 
@@ -35,7 +37,7 @@ def trainer(config: Config) -> Trainer:
     return built
 
 
-def loop(config: Config) -> Loop:
+def loop(config: Config) -> Job:
     """Load everything a recipe names, and write the run folder's config.yaml.
 
     Raises:
@@ -44,9 +46,11 @@ def loop(config: Config) -> Loop:
     kind = registry.load("trainers", config.trainer.name)
     config = completed(config, kind.defaults)
     # what costs nothing to refuse, before weights are loaded
-    validate(kind.Config, config.trainer.options, "trainer")
+    settings = validate(kind.Config, config.trainer.options, "trainer")
     registry.check_rewards(config.rewards)
     registry.check_rewards(config.eval.rewards, "eval.rewards")
+    if kind.climbs(settings):
+        check_gradients({f"rewards.{alias}": section for alias, section in config.rewards.items()}, config.trainer.name)
     checkpoint.to_resume(config.run.path, config.run.resume)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -59,6 +63,19 @@ def loop(config: Config) -> Loop:
         write_config(config)
     processes.wait()
     return built
+
+
+def check_gradients(rewards: Mapping[str, RewardSection], trainer: str) -> None:
+    """Refuse rewards with a weight, at any depth, whose class says that they have no gradient. Raises UserError, which names the key."""
+    for path, section in rewards.items():
+        kind = registry.load("rewards", section.use)
+        spec = getattr(kind, "spec", None)  # of a class: what it is at best
+        if section.weight and isinstance(spec, RewardSpec) and not spec.differentiable:
+            raise UserError(
+                f"{path}: {section.use} has no gradient, which {trainer} follows; use one that has, such as clip_score, or weight 0"
+            )
+        if section.weight:
+            check_gradients(registry.members(kind, section.options, path), trainer)
 
 
 def session(config: Config, processes: Processes) -> Session:
@@ -93,6 +110,10 @@ def policy(config: Config, device: torch.device) -> Policy:
     section = config.policy
     options = dict(section.options) | ({"resolution": section.resolution} if section.resolution else {})
     loaded = registry.load_policy(section.model, section.family, section.precision, section.dtype, **options)
+    if registry.load("trainers", config.trainer.name).moves_noise:
+        if not section.lora:
+            raise UserError(f"policy.lora: {config.trainer.name} trains an adapter that predicts noise; give it one, such as rank 32")
+        loaded = ShiftedNoise(loaded.family, loaded.precision, loaded.name)
     torch.manual_seed(config.run.seed)  # the adapter's first weights
     if section.lora and section.train:
         raise UserError("policy.train is for full fine-tuning: set policy.lora=null, or choose the adapter's layers by policy.lora.targets")
@@ -148,8 +169,13 @@ def export(policy: Policy, folder: Path, merge: bool = False) -> str:
 
     Args:
         merge: write the whole pipeline with the adapter merged into it.
+
+    Raises:
+        UserError: no such format, a folder that can't be written to, or an adapter that isn't one of the weights.
     """
     network: Any = policy.family.network
+    if isinstance(policy, ShiftedNoise):
+        raise UserError("export: this adapter predicts noise, which stock pipelines can't make use of; `visalign evaluate RUN` can")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

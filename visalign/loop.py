@@ -57,22 +57,47 @@ class Learner(Protocol):
     def named_trainable(self) -> dict[str, nn.Parameter]: ...
 
 
-class Loop(ABC):
-    """Base of all that trains: a subclass says what learns (`learns`, in its `__init__`), and how to take a step and to judge.
+class Job(ABC):
+    """Whatever a recipe's `trainer.name` names: built by `of`, run to its end by `fit`.
 
     Its nested `Config` holds its own keys of a recipe's `trainer` section.
     """
 
     Config: ClassVar[type[Section]] = Section
     defaults: ClassVar[Defaults] = {}  # section -> key -> value where a recipe says nothing
-    shown: ClassVar[Mapping[str, str]] = {"loss": "loss"}  # beside the progress bar: name -> key of a step's metrics
+    moves_noise: ClassVar[bool] = False  # the policy's adapter moves the initial noise instead of the weights
 
     settings: Any  # of the subclass's own Config
-    rewards: Mapping[str, Reward] = {}  # whose state belongs into a checkpoint
 
     def __init__(self, config: Recipe, processes: Processes):
         self.config, self.processes, self.device = config, processes, processes.device
         self.settings = validate(type(self).Config, config.trainer.options, "trainer")
+
+    @classmethod
+    def climbs(cls, settings: Any) -> bool:
+        """Whether it follows the gradient of every reward, so that those which have none are refused before anything is loaded."""
+        del settings
+        return False
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: Recipe, processes: Processes, session: Callable[[], Session]) -> Self:
+        """Built for a recipe; `session` loads its policy, rewards and prompts."""
+
+    @abstractmethod
+    def fit(self) -> Path:
+        """Go on from where the run folder is, to the end; returns the run folder, with metrics.jsonl and a report."""
+
+
+class Loop(Job):
+    """Base of all that trains: a subclass says what learns (`learns`, in its `__init__`), and how to take a step and to judge."""
+
+    shown: ClassVar[Mapping[str, str]] = {"loss": "loss"}  # beside the progress bar: name -> key of a step's metrics
+
+    rewards: Mapping[str, Reward] = {}  # whose state belongs into a checkpoint
+
+    def __init__(self, config: Recipe, processes: Processes):
+        super().__init__(config, processes)
         if math.isclose(config.optimizer.lr, 0.0):
             raise UserError("optimizer.lr=0 trains nothing")
 
@@ -84,11 +109,6 @@ class Loop(ABC):
         adam = self.config.optimizer
         self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=adam.lr, betas=adam.betas, weight_decay=adam.weight_decay)
         learner.network, self.optimizer = self.processes.accelerator.prepare(learner.network, self.optimizer)
-
-    @classmethod
-    @abstractmethod
-    def of(cls, config: Recipe, processes: Processes, session: Callable[[], Session]) -> Self:
-        """Built for a recipe; `session` loads its policy, rewards and prompts."""
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:

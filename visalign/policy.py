@@ -29,6 +29,7 @@ class Family(ABC):
         path: how data and noise mix, and what the network predicts.
         latent_shape: of one sample.
         lora_targets: names of the linear layers that an adapter wraps.
+        output_layer: name of the network's last layer with weights, for an adapter that predicts noise.
         step_distilled: few-step students, for which forward-process losses are invalid.
     """
 
@@ -36,6 +37,7 @@ class Family(ABC):
     path: Path
     latent_shape: tuple[int, ...]
     lora_targets: ClassVar[tuple[str, ...]] = ()
+    output_layer: ClassVar[str] = ""
     step_distilled: bool = False
 
     @abstractmethod
@@ -98,6 +100,11 @@ class Policy:
         self._base: list[Tensor] | None = None
 
     # --- acting --------------------------------------------------------------------------------------------------------
+
+    def start(self, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Latents (N, ...) at which a chain begins, of standard normal noise (N, ...) at its time sigma (N,): here the noise itself."""
+        del sigma, condition
+        return noise
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False) -> Tensor:
         """The model's prediction (N, ...) float32 at x (N, ...), sigma (N,).

@@ -51,9 +51,9 @@ def load(kind: str, name: str) -> type[Any]:
     Raises:
         UserError: no such plug-in; the message names the nearest one.
     """
-    from visalign.loop import Loop
+    from visalign.loop import Job
 
-    base = {"rewards": Reward, "trainers": Loop, "families": Family}[kind]
+    base = {"rewards": Reward, "trainers": Job, "families": Family}[kind]
     module_name, _, class_name = name.partition(":")
     if class_name:
         if os.getcwd() not in sys.path:

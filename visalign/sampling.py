@@ -126,15 +126,17 @@ def begin(
     """
     noise_ids, origin = prompts.noise_ids.unique(return_inverse=True)
     count, unique = len(prompts), len(noise_ids)
-    x = seeded_noise(policy.family.latent_shape, seed, noise_ids, 0, device=policy.device)
+    rows = torch.stack([(origin == n).nonzero()[0, 0] for n in range(unique)])  # who share their noise share their prompt
+    noise = seeded_noise(policy.family.latent_shape, seed, noise_ids, 0, device=policy.device)
+    pieces = torch.arange(unique).split(batch)
+    x = torch.cat([policy.start(noise[r], sigmas[0].expand(len(r)), condition.take(rows[r])) for r in pieces])
     place = origin.to(x.device)
     if unique == count or not any(plan.stochastic):
         return x[place], origin, 0, None
     first = plan.stochastic.index(True)
-    rows = torch.stack([(origin == n).nonzero()[0, 0] for n in range(unique)])
     if first:
         still = Walk(policy, sigmas, guidance, plan, None, lambda *_: x)
-        x = torch.cat([still(x[r], condition.take(rows[r]), r, 0, first).final for r in torch.arange(unique).split(batch)])
+        x = torch.cat([still(x[r], condition.take(rows[r]), r, 0, first).final for r in pieces])
     said = predict_all(policy, x, sigmas[first], condition.take(rows), guidance, batch)
     return x[place], origin, first, said[place]
 

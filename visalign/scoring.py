@@ -96,7 +96,7 @@ class RewardSpec:
         name, version: `version` changes whenever the same input could score otherwise (a trainable reward after an update; "0" is one
             that has learned nothing).
         scope: "point" scores each sample alone; "group" compares the members of a group; "pair", "set" likewise.
-        differentiable: scores carry gradients to `images` (or `video`).
+        differentiable: scores carry gradients to `images` (or `video`); of a class, whether those of any of its instances do.
         needs: of {"prompt", "metadata:KEY", "references", "groups", "latents", "video", "views"}.
         range: lowest and highest possible score.
         noise_std: spread of re-scoring the same picture, measured; differences below it are noise.

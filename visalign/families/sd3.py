@@ -41,6 +41,7 @@ class SD3(Family):
 
     pipeline_class = "StableDiffusion3Pipeline"
     lora_targets = tuple(f"attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
+    output_layer = "proj_out"
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, resolution: int | None = None, max_sequence_length: int = 256):
         pipe: Any = pipeline
