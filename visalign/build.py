@@ -123,8 +123,12 @@ def write_config(config: Config) -> None:
         raise UserError(f"run.path: cannot write to {folder} ({error.strerror}); choose another folder") from None
 
 
-def restore(run: Path, device: torch.device) -> Policy:
-    """The policy of a run with its newest checkpoint's averaged weights (or the trained ones, without an average)."""
+def restore(run: Path, device: torch.device, reference: bool = False) -> Policy:
+    """The policy of a run with its newest checkpoint's averaged weights (or the trained ones, without an average).
+
+    Args:
+        reference: keep what it was before training, for `Policy.reference`.
+    """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
     recipe = load(run / "config.yaml")
@@ -135,6 +139,8 @@ def restore(run: Path, device: torch.device) -> Policy:
     stem = "trainable" if recipe.policy.ema is None else "average"
     values = checkpoint.load(saved[-1], [stem])[0][stem]
     loaded = policy(recipe, device)
+    if reference:
+        loaded.keep_reference()
     with torch.no_grad():
         for name, parameter in loaded.named_trainable().items():
             parameter.copy_(values[name])
