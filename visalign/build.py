@@ -144,9 +144,13 @@ def write_config(config: Config) -> None:
         raise UserError(f"run.path: cannot write to {folder} ({error.strerror}); choose another folder") from None
 
 
-def restore(run: Path, device: torch.device) -> Policy:
+def restore(run: Path, device: torch.device, reference: bool = False) -> Policy:
     """The policy of a run with the averaged weights (or the trained ones, without an average) of its best checkpoint, where the recipe
-    keeps that (`eval.keep_best`), else of its newest."""
+    keeps that (`eval.keep_best`), else of its newest.
+
+    Args:
+        reference: keep what it was before training, for `Policy.reference`.
+    """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
     recipe = load(run / "config.yaml")
@@ -158,6 +162,8 @@ def restore(run: Path, device: torch.device) -> Policy:
     chosen = checkpoint.newest(run / "best", int(saved[-1].name[5:])) if recipe.eval.keep_best else None
     values = checkpoint.load(chosen or saved[-1], [stem])[0][stem]
     loaded = policy(recipe, device)
+    if reference:
+        loaded.keep_reference()
     with torch.no_grad():
         for name, parameter in loaded.named_trainable().items():
             parameter.copy_(values[name])

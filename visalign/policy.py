@@ -185,6 +185,11 @@ class Policy:
         if not self.lora:
             self._base = [p.detach().clone() for p in self.trainable()]
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` can be entered."""
+        return self.lora or self._base is not None
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The model before training: adapter off, or the remembered weights in place of the current ones."""
