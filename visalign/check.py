@@ -86,9 +86,7 @@ def collected(trainer: Trainer) -> Rollout:
 class OneBatch(Policy):
     """A policy in the stock pipelines' batch shape: guidance would amplify the rounding by which another shape differs."""
 
-    def predict(
-        self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False
-    ) -> Tensor:
+    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False) -> Tensor:
         if guidance == 1.0 or condition.negative is None:
             return super().predict(x, sigma, condition, guidance, through_guidance=through_guidance)
         halves = condition.unconditional(), condition.positive()
