@@ -52,6 +52,8 @@ CLAIMS = {
     "toybox_vgpo": Claim("GenEval 0.96 against Flow-GRPO's 0.95", FLOW),
     "toybox_grpo_guard": Claim("as much reward as Flow-GRPO, less loss in what is not rewarded", FLOW, "second_judge"),
     "toybox_tempflow_grpo": Claim("better than Flow-GRPO in preference and GenEval", FLOW),
+    "toybox_nft": Claim("up to 25 times Flow-GRPO's speed, GenEval 0.98 against 0.95", FLOW),
+    "toybox_awm": Claim("up to 24 times Flow-GRPO's speed at its GenEval", FLOW),
     "toybox_flow_grpo_fast": Claim("two trained steps as good as all of Flow-GRPO's on PickScore", FLOW),
 }
 

@@ -14,6 +14,7 @@ from visalign.errors import UserError
 from visalign.forward_process import OldSection, Units, draw
 from visalign.noise import gaussian
 from visalign.paths import mix
+from visalign.policy import Family
 from visalign.sampling import rollout
 
 
@@ -154,3 +155,8 @@ def test_step_distilled_models_are_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("visalign.families.toy.Toy.step_distilled", True)
     with pytest.raises(UserError, match="invalid for the step-distilled toy:gaussian"):
         forward(tmp_path, name)
+
+
+def test_a_family_that_encodes_no_pictures_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Toy has no way from given pictures to latents"):
+        Family.encode_images(forward(tmp_path, "raft").policy.family, torch.zeros(1, 3, 16, 16))
