@@ -174,8 +174,8 @@ def dense_table(runs: Sequence[Run]) -> str:
 
 
 def windows(run: Run, key: str) -> list[float]:
-    """Averages of a metric over the last `WINDOW` steps, from the step on that has so many."""
-    values = [value or 0.0 for value in run["rows"][key]]
+    """Averages of a metric over the last `WINDOW` steps, from the step on that has so many; none of a metric that the run doesn't have."""
+    values = [value or 0.0 for value in run["rows"].get(key, [])]
     return [statistics.fmean(values[n : n + WINDOW]) for n in range(len(values) - WINDOW + 1)]
 
 
