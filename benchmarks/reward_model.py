@@ -157,8 +157,8 @@ def study(folder: Path, count: int, elsewhere: int, changes: dict[str, Any], fil
     for label in LABELS:
         for name in MODELS:
             wanted = {"asked": [count, elsewhere, sorted(map(str, changes.items()))]}
-            if found.get(f"{name}-{label}", {}).get("asked") == wanted["asked"]:
-                continue
+            if name == label or found.get(f"{name}-{label}", {}).get("asked") == wanted["asked"]:
+                continue  # a judge learns nothing from its own labels
             found[f"{name}-{label}"] = train(name, label, pairs, folder, changes) | wanted
             records.write(file, found)
             sheet.write_text(page(found), encoding="utf-8")
