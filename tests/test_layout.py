@@ -40,7 +40,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "mathematics": DATA,
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
-    "families": {"policy", "paths", "schedules", "rollout", "sampling"},
+    "families": {"policy", "paths", "schedules", "rollout", "sampling", "pictures"},
     "references": {"pictures", "preprocess", "scoring", "toybox"},
     "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
     "steering": DATA | MATHEMATICS | {"sampling", "backprop", "scoring", "config", "policy", "steering"},
