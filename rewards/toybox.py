@@ -15,9 +15,9 @@ import torch
 from visalign.errors import UserError
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 from visalign.toybox import scenes
-from visalign.toybox.perception import View, look
+from visalign.toybox.perception import CLEAN, View, look
 
-CLEAN, DIRTY = 0.05, 0.30  # blemish (share of unexplained ink) up to which a picture is clean, and from which on it is worth nothing
+DIRTY = 0.30  # blemish (share of unexplained ink) from which on a picture is worth nothing
 FORMLESS, FORMED = 0.70, 0.95  # overlap with the wanted shape that earns nothing, and all
 
 

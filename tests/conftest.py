@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny_models
+
 
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -17,6 +19,12 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "sd3"
     assemble(small_vae()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved StableDiffusionPipeline, untrained."""
+    return tiny_models.sd15(tmp_path_factory.mktemp("models") / "sd15")
 
 
 def save_tiny_vlm(folder: Path) -> str:

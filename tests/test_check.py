@@ -14,6 +14,7 @@ from visalign import check, config
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 SMALL = ["policy.resolution=64", "policy.options.max_sequence_length=10"]
+SMALL_SD15 = ["policy.resolution=64", "policy.steps=8"]
 
 
 def failures(findings: list[check.Finding]) -> list[str]:
@@ -22,7 +23,10 @@ def failures(findings: list[check.Finding]) -> list[str]:
 
 def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
     """A packaged recipe with its model and rewards replaced by tiny random ones of the same classes."""
-    words = [f"policy.model={model}", "run.device=cpu", *SMALL]
+    words = [f"policy.model={model}", "run.device=cpu", *(SMALL_SD15 if "sd15" in name else SMALL)]
+    if "aesthetic" in name:
+        clip, head = tiny_clip(folder / "clip"), tiny_models.aesthetic_head(folder / "head.pth", 16)
+        words += [f"rewards.aesthetic={{use: aesthetic, checkpoint: {clip}, head: {head}}}", "eval.rewards={jpeg: 1.0}"]
     if "pickscore" in name:
         clip = tiny_clip(folder / "clip")
         words += [f"rewards.pickscore.checkpoint={clip}", "eval.rewards={jpeg: 1.0}"]
@@ -45,8 +49,8 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
 
 
 @pytest.mark.parametrize("name", [name for name in config.packaged() if "toybox" not in name])
-def test_published_recipes_pass_on_a_tiny_folder_of_their_classes(name: str, tiny_sd3: Path, tmp_path: Path) -> None:
-    findings = list(check.run(on_tiny_models(name, tiny_sd3, tmp_path)))
+def test_published_recipes_pass_on_a_tiny_folder_of_their_classes(name: str, tiny_sd3: Path, tiny_sd15: Path, tmp_path: Path) -> None:
+    findings = list(check.run(on_tiny_models(name, tiny_sd15 if "sd15" in name else tiny_sd3, tmp_path)))
     assert len(findings) == len(check.CHECKS)
     assert not failures(findings)
 

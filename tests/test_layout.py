@@ -41,7 +41,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "mathematics": DATA,
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
-    "families": {"policy", "paths", "preprocess", "schedules", "rollout", "sampling"},
+    "families": {"policy", "paths", "preprocess", "schedules", "rollout", "sampling", "pictures"},
     "references": {"pictures", "preprocess", "scoring", "toybox"},
     "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
     "steering": DATA

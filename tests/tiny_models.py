@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,64 @@ def video_reward(folder: Path) -> str:
     save_file(state | {"rm_head.weight": torch.randn(1, 32) / 8}, folder / "model.safetensors")
     (folder / "template.txt").write_text(TEMPLATE, encoding="utf-8")
     return str(folder)
+
+
+def clip_tokenizer(length: int) -> Any:
+    """CLIP's byte-pair tokenizer with each word as one token and letters for the rest; the end token has the highest id."""
+    import tempfile
+
+    from transformers import CLIPTokenizer
+
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,")
+    words = [word for word in WORDS if word not in letters]
+    vocabulary = [*letters, *(c + "</w>" for c in letters), *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(vocabulary)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def sd15(folder: Path, **scheduler: Any) -> Path:
+    """A StableDiffusionPipeline of 32 × 32 pictures with the published scheduler's settings, but for what `scheduler` changes."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = clip_tokenizer(16)
+    size = len(tokenizer)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
+    tokens = {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
+    blocks: dict[str, Any] = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    torch.manual_seed(0)
+    unet: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 2,
+    }
+    vae: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False}
+    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(**blocks, **vae, latent_channels=4),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text, **tokens)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**blocks, **unet, sample_size=16, cross_attention_dim=16),
+        scheduler=DDIMScheduler(**(published | {"steps_offset": 1, "clip_sample": False} | scheduler)),
+        **parts,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def controlnet(folder: Path, base: Path) -> Path:
+    """A ControlNet for `sd15`'s U-Net, with random weights in place of the zeros that it starts from."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from visalign.axes import Credit, Exploration, Ratio
 from visalign.losses import Loss, path_kl, velocity_kl
-from visalign.paths import gain
+from visalign.paths import gain, noise_gap
 from visalign.rollout import Minibatch, Prompts, Rollout
 from visalign.sampling import Dynamics, decode, transition
 from visalign.schedules import StepPlan
@@ -71,7 +71,7 @@ class FlowGRPO(Trainer):
 
     def collect(self, prompts: Prompts, step: int) -> Rollout:
         batch, guidance = self.settings.micro_batch, self.config.policy.guidance
-        condition = self.policy.family.encode(prompts.texts)
+        condition = self.policy.family.encode(prompts.texts, prompts.metadata)
         trajectory = self.exploration.rollout(
             self.policy,
             prompts,
@@ -131,4 +131,4 @@ class FlowGRPO(Trainer):
         kappa = gain(path, step.a, step.c, batch.sigma)
         if self.settings.kl_form == "path":
             return path_kl(kappa, step.std, prediction, reference)
-        return path_kl(kappa, step.std / (batch.sigma - batch.sigma_next).double().sqrt(), prediction, reference)
+        return path_kl(kappa, step.std / noise_gap(path, batch.sigma, batch.sigma_next).sqrt(), prediction, reference)

@@ -20,7 +20,7 @@ from visalign.config import CreditSection, ExplorationSection, RatioSection
 from visalign.errors import UserError
 from visalign.explain import nearest
 from visalign.losses import Loss, clipped_policy, guard_log_ratio, noise_weights
-from visalign.paths import Path, gain
+from visalign.paths import Path, gain, noise_gap
 from visalign.policy import Policy
 from visalign.rollout import Condition, Minibatch, Prompts, Rollout, Trajectory
 from visalign.sampling import Dynamics, decode, rollout
@@ -234,12 +234,21 @@ class Ratio:
         path: the model's.
         sigmas: (T + 1,) the grid.
         dynamics: of stochastic steps.
+
+    Raises:
+        UserError: these dynamics are not defined on the path.
     """
 
     section: RatioSection
     path: Path
     sigmas: Tensor
     dynamics: Dynamics
+
+    def __post_init__(self) -> None:
+        try:
+            self.dynamics(self.path, self.sigmas[:1], self.sigmas[1:2])
+        except ValueError as error:
+            raise UserError(f"transition.kind={self.dynamics.kind}: {error}") from None
 
     @property
     def needs_predictions(self) -> bool:
@@ -262,7 +271,7 @@ class Ratio:
         if kind == "noise":
             found = noise_weights(step.std)
         elif kind == "inverse_gap":
-            found = 1 / (now - after)
+            found = 1 / noise_gap(self.path, now, after)
         else:
             scale = {"plain": 1 / step.std, "guard": torch.ones_like(step.std), "cps": 2 * step.std}[self.section.kind]
             found = 1 / (gain(self.path, step.a, step.c, now).abs() * scale)  # of this ratio's gradient, κ·mean(ε⊙∇prediction)·scale

@@ -105,10 +105,11 @@ def stock(subject: Subject) -> str:
     if type(trainer.policy.family).stock is Family.stock:  # its exception is also torch's for operators that a device lacks
         return f"skipped: {type(trainer.policy.family).__name__} wraps no stock pipeline"
     policy = OneBatch(trainer.policy.family, section.precision, trainer.policy.name).to(trainer.device)
-    prompts = Prompts.of(trainer.session.test_prompts.texts[:2])
+    known = trainer.session.test_prompts
+    prompts = Prompts.of(known.texts[:2], known.metadata[:2])
     ours = sampling.pictures(policy, prompts, steps=section.steps, seed=0, guidance=section.guidance)
     noise = gaussian(policy.family.latent_shape, 0, prompts.noise_ids, 0, device=policy.device)
-    theirs = policy.family.stock(prompts.texts, noise, section.steps, section.guidance)
+    theirs = policy.family.stock(prompts.texts, noise, section.steps, section.guidance, prompts.metadata)
     limit = max(STOCK_TOLERANCE[section.precision], STOCK_TOLERANCE[section.dtype])
     difference = (ours - theirs.to(ours)).abs()
     if limit > STOCK_TOLERANCE["fp32"]:

@@ -100,6 +100,11 @@ def gain(path: Path, a: Tensor | float, c: Tensor | float, t: Tensor) -> Tensor:
     return mean_weights(path, a, c, t)[1]
 
 
+def noise_gap(path: Path, t: Tensor, t_next: Tensor) -> Tensor:
+    """Δ = σ - σ' of steps from `t` to `t_next`, float64 of their shape: how much noise they take away, whatever the unit of times."""
+    return path.coefficients(t.double())[1] - path.coefficients(t_next.double())[1]
+
+
 def combine(path: Path, x: Tensor, prediction: Tensor, a: Tensor | float, c: Tensor | float, t: Tensor) -> Tensor:
     """a·clean + c·noise (N, ...) of the endpoints that `prediction` (N, ...) implies for `x` (N, ...) at `t` (N,) or ().
 

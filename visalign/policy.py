@@ -5,8 +5,9 @@ It turns latents, time and a condition into one prediction. A family is the only
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ class Family(ABC):
         network: the denoiser, the only part that learns.
         path: how data and noise mix, and what the network predicts.
         latent_shape: of one sample.
+        pipeline_classes: names of the diffusers pipelines that it wraps, as in model_index.json.
         lora_targets: names of the linear layers that an adapter wraps.
         output_layer: name of the network's last layer with weights, for an adapter that predicts noise.
         step_distilled: few-step students, for which forward-process losses are invalid.
@@ -36,21 +38,29 @@ class Family(ABC):
     network: nn.Module
     path: Path
     latent_shape: tuple[int, ...]
+    pipeline_classes: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ()
     output_layer: ClassVar[str] = ""
     step_distilled: bool = False
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> Condition:
-        """Encode prompts, each unique text once; N rows in the order of `texts`."""
+    def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
+        """Encode prompts, each unique text once; N rows in the order of `texts`.
+
+        `metadata`, N or none, may hold a further `condition` of each, where a family knows one.
+        """
 
     @abstractmethod
     def grid(self, steps: int) -> Tensor:
-        """(steps + 1,) float32 sigmas from 1 to 0, exactly the stock pipeline's."""
+        """(steps + 1,) float32 times of `path`, decreasing from noise to data, exactly the stock pipeline's.
+
+        Only the path knows their unit (flows: σ from 1 to 0; variance-preserving models: table indices): whoever wants a noise level
+        asks its `coefficients`.
+        """
 
     @abstractmethod
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """One denoiser forward: x (N, ...), sigma (N,), condition name -> (N, ...); prediction (N, ...)."""
+        """One denoiser forward: x (N, ...), times sigma (N,), condition name -> (N, ...); prediction (N, ...)."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -65,7 +75,7 @@ class Family(ABC):
         del images
         raise UserError(f"{type(self).__name__} has no way from given pictures to latents; train on pictures that the policy draws instead")
 
-    def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+    def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float, metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         """The wrapped pipeline's own pictures (N, 3, H, W) in [0, 1] from the same initial noise."""
         raise NotImplementedError(f"{type(self).__name__} wraps no stock pipeline")
 
@@ -80,6 +90,30 @@ class Family(ABC):
     def modules(self) -> dict[str, nn.Module]:
         """Every module by name: they move between devices and dtypes together."""
         return {"network": self.network}
+
+
+DISTILLED = ("turbo", "lightning", "lcm", "hyper", "schnell")  # words in the names of few-step students
+
+
+def named_as_distilled(name: str | None) -> bool:
+    """Whether one of the words in a checkpoint's name (of a folder's or hub id's last part) is in `DISTILLED`: their formats don't say."""
+    return not set(re.split(r"[^a-z]+", FilePath(name or "").name.lower())).isdisjoint(DISTILLED)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No bars for the loading of weights; downloads keep theirs."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    for logger in loggers:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.enable_progress_bar()
 
 
 class Policy:
@@ -107,7 +141,7 @@ class Policy:
         return noise
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False) -> Tensor:
-        """The model's prediction (N, ...) float32 at x (N, ...), sigma (N,).
+        """The model's prediction (N, ...) float32 at x (N, ...), times sigma (N,).
 
         With classifier-free guidance both halves are batches of N of their own, in rollout and replay alike: v = v_u + w (v_c - v_u).
         The unconditional half stays outside the autograd graph, unless gradients are to flow `through_guidance`.

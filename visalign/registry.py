@@ -33,6 +33,7 @@ TOYBOX_PARTS = {  # what `checkpoint: auto` means on the toybox
     "toybox/dino": ("adversarial", "dino", "diversity"),
     "toybox/vlm": ("listener", "pairwise_winrate", "prompt_echo", "vlm_rating", "vlm_yes"),
 }
+TOYBOX_MODELS = ("toybox/sd3", "toybox/sd15", "toybox/turbo")  # parts that load as policies
 TOYBOX_CHECKPOINTS = {name: part for part, names in TOYBOX_PARTS.items() for name in names}
 
 
@@ -121,6 +122,9 @@ def resolve_model(source: str) -> str:
         source = "toybox/sd3"
     if source.startswith("toybox/"):
         if not asset(source).is_dir():
+            if source in TOYBOX_MODELS:
+                make = f"python -m visalign.toybox.pretrain {source.partition('/')[2]} --out {asset('toybox')}"
+                raise UserError(f"{source}: its weights are not here yet; make them, in minutes of a CPU, with `{make}`")
             parts = [f"toybox/{p.name}" for p in asset("toybox").iterdir() if p.is_dir()]
             raise UserError(f"no toybox part {source!r}{nearest(source, parts)}")
         return str(asset(source))
@@ -144,9 +148,9 @@ def load_policy(source: Any = "toybox", family: str | None = None, precision: st
         kind = load("families", family or "toy")
         return Policy(kind.load(source, **checked(kind, options, "policy.options", skip=1)), precision, source)
     path = resolve_model(source)
-    if source.startswith("toybox"):
-        options = {"max_sequence_length": 10} | options
     kind = load("families", family or _family_of(_pipeline_class(path), source))
+    if source.startswith("toybox") and "max_sequence_length" in inspect.signature(kind).parameters:
+        options = {"max_sequence_length": 10} | options
     options = checked(kind, options, "policy.options", skip=1)
     try:
         return Policy(kind.load(path, dtype=PRECISIONS[dtype], **options), precision, source)
@@ -172,9 +176,9 @@ def _pipeline_class(path: str) -> str:
 
 
 def _family_of(pipeline_class: str, source: str) -> str:
-    known = {getattr(load("families", name), "pipeline_class", ""): name for name in names("families")}
+    known = {wrapped: name for name in names("families") for wrapped in load("families", name).pipeline_classes}
     if pipeline_class not in known:
-        raise UserError(f"{source} is a {pipeline_class}; known pipelines: {', '.join(sorted(filter(None, known)))}")
+        raise UserError(f"{source} is a {pipeline_class}; known pipelines: {', '.join(sorted(known))}")
     return known[pipeline_class]
 
 

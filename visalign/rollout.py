@@ -73,7 +73,7 @@ class Condition(Sliceable):
     Attributes:
         index: (N,) int64.
         tensors: name -> (U, ...).
-        negative: name -> (1, ...), the unconditional half of classifier-free guidance; None for models without it.
+        negative: name -> (1, ...), what the unconditional half of classifier-free guidance has instead; None for models without it.
     """
 
     index: Tensor
@@ -91,9 +91,10 @@ class Condition(Sliceable):
         return {name: value[self.index.to(value.device)] for name, value in self.tensors.items()}
 
     def unconditional(self) -> dict[str, Tensor]:
-        """name -> (N, ...), the negative prompt repeated."""
+        """name -> (N, ...), the negative prompt repeated; what it doesn't name, such as a control picture, is the sample's own."""
         assert self.negative is not None, "this model has no unconditional half"
-        return {name: value.expand(len(self), *value.shape[1:]) for name, value in self.negative.items()}
+        shared = {name: value.expand(len(self), *value.shape[1:]) for name, value in self.negative.items()}
+        return shared | {name: value[self.index.to(value.device)] for name, value in self.tensors.items() if name not in shared}
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Trajectory:
         latents: (N, K, ...) states around the recorded steps, in the dtype that is replayed; K = S + 1 if these are consecutive.
         before: (S,) int64, the column of `latents` at which each recorded step begins; it ends one column further.
         steps: (N, S) int64, which steps of the sigma grid they are.
-        sigmas: (T + 1,) the grid.
+        sigmas: (T + 1,) the grid: times of the family's path.
         log_probs: (N, S) float32, of each recorded transition, averaged over latent axes.
         node: (N, K) int64; in one column equal numbers are one state, shared by branches or by equal initial noise.
         final: (N, ...) the clean latents.
@@ -228,7 +229,7 @@ class Minibatch:
 
     Attributes:
         x, x_next: (B, ...) latents before and after the step.
-        sigma, sigma_next: (B,) float.
+        sigma, sigma_next: (B,) float, times of the family's path.
         step: (B,) int64 index into the sigma grid.
         log_prob: (B,) float32, the rollout's.
         advantage: (B,) or (B, ...) float32.

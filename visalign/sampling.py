@@ -216,6 +216,6 @@ def pictures(
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """(N, 3, H, W) pictures in [0, 1] by the noise-free sampler."""
-    condition = policy.family.encode(prompts.texts)
+    condition = policy.family.encode(prompts.texts, prompts.metadata)
     trajectory = rollout(policy, prompts, condition, steps=steps, seed=seed, batch=batch, guidance=guidance, progress=progress)
     return decode(policy, trajectory.final, batch)

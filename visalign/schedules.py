@@ -1,7 +1,8 @@
 """Grids of times from noise to data, and plans of which of their steps are stochastic, recorded and branching.
 
-A grid is a float32 tensor (T + 1,) that decreases to 0; step j goes from `grid[j]` to `grid[j + 1]`. Unlike most schedulers there are no
-integer timesteps: a model that wants them gets σ·1000 as a float.
+A grid is a float32 tensor (T + 1,) of a path's times that decreases from noise to data; step j goes from `grid[j]` to `grid[j + 1]`. The
+grids made here are of flows, whose times are σ from 1 to 0. Unlike most schedulers there are no integer timesteps: a model that wants them
+gets σ·1000 as a float. Plans and tails are for the grid of any path.
 """
 
 from __future__ import annotations

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-import diffusers.utils.logging
 import torch
-import transformers.utils.logging
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline, calculate_shift
 from torch import Tensor, nn
 
+from visalign.errors import UserError
 from visalign.paths import Flow
-from visalign.policy import Family
+from visalign.policy import Family, named_as_distilled, quiet_loading
 from visalign.preprocess import Preprocess
 from visalign.rollout import Condition
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No bars for the loading of weights; downloads keep theirs."""
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    for logger in loggers:
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.enable_progress_bar()
 
 
 class SD3(Family):
@@ -37,14 +22,22 @@ class SD3(Family):
     pipeline: a loaded pipeline; it is wrapped, not copied.
     resolution: pixels per side; None takes the transformer's own.
     max_sequence_length: T5 tokens; text beyond it is cut, with a warning by diffusers.
+    step_distilled: whether it draws in few steps; None goes by its name (`policy.DISTILLED`).
     """
 
-    pipeline_class = "StableDiffusion3Pipeline"
+    pipeline_classes = ("StableDiffusion3Pipeline",)
     lora_targets = tuple(f"attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
     output_layer = "proj_out"
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, resolution: int | None = None, max_sequence_length: int = 256):
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        resolution: int | None = None,
+        max_sequence_length: int = 256,
+        step_distilled: bool | None = None,
+    ):
         pipe: Any = pipeline
+        self.step_distilled = named_as_distilled(pipe.name_or_path) if step_distilled is None else step_distilled
         self.pipeline, self.max_sequence_length = pipe, max_sequence_length
         self.network: nn.Module = pipe.transformer
         self.path = Flow()
@@ -58,7 +51,7 @@ class SD3(Family):
     @classmethod
     def load(cls, source: str, dtype: torch.dtype = torch.float32, **options: Any) -> SD3:
         """From a folder or a hub id."""
-        with quiet():
+        with quiet_loading():
             pipeline = StableDiffusion3Pipeline.from_pretrained(source, dtype=dtype)
         return cls(pipeline, **options)
 
@@ -66,7 +59,7 @@ class SD3(Family):
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Condition:
+    def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
         unique = list(dict.fromkeys(texts))
         row = {text: n for n, text in enumerate(unique)}
         if self._negative is None:
@@ -91,6 +84,8 @@ class SD3(Family):
             tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
             names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             extra["mu"] = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+        if scheduler.config.get("shift_terminal", None) and steps == 1:
+            raise UserError("policy.steps=1: this scheduler's shift_terminal stretches a grid between two times; use 2 steps or more")
         scheduler.set_timesteps(steps, **extra)
         return scheduler.sigmas.float().cpu()
 
@@ -118,7 +113,7 @@ class SD3(Family):
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()
-    def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+    def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float, metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         side = [n * self.pipeline.vae_scale_factor for n in self.latent_shape[1:]]
         return self.pipeline(
             prompt=list(texts),

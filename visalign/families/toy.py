@@ -6,7 +6,8 @@ recursion, so the optimum of a trainer has a closed form (`Toy.optimum`). Loads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Toy(Family):
     def load(cls, source: str, **options: int) -> Toy:
         return cls(source.partition(":")[2], **options)
 
-    def encode(self, texts: Sequence[str]) -> Condition:
+    def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
         return Condition(torch.zeros(len(texts), dtype=torch.int64), {})
 
     def grid(self, steps: int) -> Tensor:

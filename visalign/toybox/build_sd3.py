@@ -193,6 +193,7 @@ def train_vae(pictures: Pictures, work: Path, device: torch.device) -> Autoencod
 def encode(vae: Any, pictures: Pictures, cache: Path, device: torch.device) -> Tensor:
     """(N, 4, 16, 16) float32 means of the posterior; kept in a file, since a resumed run needs them again."""
     if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
         chunks = tqdm(torch.arange(len(pictures.prompts)).split(256), "latents", leave=False)
         latents = [vae.encode(pictures.batch(c).to(device) * 2 - 1).latent_dist.mode().cpu() for c in chunks]
         save_file({"latents": torch.cat(latents).contiguous()}, cache)

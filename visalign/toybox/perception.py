@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from visalign.toybox.scenes import COLOURS, GROUND, SHAPES, SIZE, Object, render
 
+CLEAN = 0.05  # blemish (see View) up to which a picture is clean
 LEAST_OVERLAP = 0.90  # intersection over union with a template below which a shape is "unknown"
 LEAST_MARGIN = 0.06  # and so is one that overlaps another shape's template almost as well (a square with round corners)
 COLOUR_TOLERANCE = 44 / 255  # Euclidean distance in RGB; palette colours are at least 150/255 from the ground
