@@ -39,7 +39,7 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:
         config = {"clip_sample": False, "set_alpha_to_one": False} | config
         if config.get("timestep_spacing") == "linspace":  # of sigma schedulers; DDIM would step past the times it visits
             config["timestep_spacing"] = "leading"
-    ddim = DDIMScheduler.from_config(config)
+    ddim: Any = DDIMScheduler.from_config(config)
     for option in ("clip_sample", "thresholding"):
         if ddim.config[option]:
             raise UserError(f"the model's scheduler has {option}, so that its steps are not Gaussian; set it to false in its config")

@@ -35,7 +35,7 @@ MEASURED = ((10, 1.0), (10, 3.0), (20, 1.0), (20, 3.0))
 
 def build(out: Path, work: Path, device: torch.device) -> None:
     """Train what isn't trained yet, save the pipeline to `out`/sd15 with its measured quality."""
-    vae = AutoencoderKL.from_pretrained(out / "sd3", subfolder="vae")
+    vae: Any = AutoencoderKL.from_pretrained(out / "sd3", subfolder="vae")
     pictures = draw(PICTURES, seed=1)
     latents = encode(vae.to(device), pictures, work / "latents.safetensors", device) * vae.config["scaling_factor"]
     pipeline: Any = assemble(vae)
@@ -60,8 +60,8 @@ def assemble(vae: AutoencoderKL) -> StableDiffusionPipeline:
         steps_offset=1,
         timestep_spacing="trailing",
     )
-    others: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-    return StableDiffusionPipeline(vae=vae, scheduler=scheduler, **parts, **others, requires_safety_checker=False)
+    others: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "scheduler": scheduler}
+    return StableDiffusionPipeline(vae=vae, **parts, **others, requires_safety_checker=False)
 
 
 def small_text_encoder() -> CLIPTextModel:
