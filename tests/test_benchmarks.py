@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost, distillation, records, toybox, toybox_table
+from benchmarks import cost, distillation, prdp, records, toybox, toybox_table
 from benchmarks.cost_cases import CASES, chain, completed, one_branch, tree, window
 
 MACHINE = {"device": "abacus", "threads": 2, "torch": "2.15", "commit": "abc1234"}
@@ -141,3 +141,21 @@ def test_a_run_without_groups_has_no_spread_to_plot(tmp_path: Path) -> None:
     del one["rows"]["zero_spread/total"]
     toybox_table.plot([one], tmp_path / "runs.png")
     assert "reward_gradient" in toybox_table.page([one], 90.0)
+
+
+def test_prdp_on_few_and_on_many_prompts(tmp_path: Path) -> None:
+    assert list(prdp.cases()) == ["flow_grpo_few", "prdp_few", "flow_grpo_many", "prdp_many"]
+    ends = {"flow_grpo_few": 0.6, "prdp_few": 0.6, "flow_grpo_many": 0.5, "prdp_many": 0.7}
+    runs = [run(name, seed, end + 0.001 * seed * (name == "prdp_many")) for name, end in ends.items() for seed in range(3)]
+    runs[0]["curve"][1]["strict"] = 0.75
+    text = prdp.page(runs)
+    assert row_of(text, "`flow_grpo_few`")[3:6] == ["0.200 → 0.700 → 0.700", "0.500 → 0.600 ± 0.000", "0.050 ± 0.087"]
+    assert "few prompts, strict: no difference that shows, +0.000 ± 0.000" in text
+    assert "many prompts, strict: PRDP is ahead, +0.201 ± 0.001" in text
+    prdp.write(tmp_path, tmp_path / "none.md", tmp_path / "none.png")
+    assert not (tmp_path / "none.md").exists()
+    for one in runs[:7]:
+        records.write(tmp_path / f"{one['name']}-{one['seed']}.json", one)
+    prdp.write(tmp_path, tmp_path / "prdp.md", tmp_path / "prdp.png")
+    assert "many prompts, second_judge: not known, 0 seeds of both" in (tmp_path / "prdp.md").read_text()
+    assert (tmp_path / "prdp.png").stat().st_size > 1000
