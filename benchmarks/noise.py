@@ -29,6 +29,7 @@ from benchmarks.machine import describe as machine
 from benchmarks.records import rounded
 from benchmarks.toybox import digest
 from visalign import build, config, registry, sampling
+from visalign.climbing import look
 from visalign.config import Config
 from visalign.distributed import Processes
 from visalign.loop import Session
@@ -37,7 +38,7 @@ from visalign.policy import Policy
 from visalign.rollout import Prompts
 from visalign.scoring import Panel, RewardInput
 from visalign.shifted_noise import ShiftedNoise
-from visalign.steering.noise_optimization import Found, NoiseOptimization, Settings, look
+from visalign.steering.noise_optimization import Found, Search, Settings
 from visalign.trainer import Trainer
 from visalign.whiteness import band, describe
 
@@ -98,7 +99,7 @@ def batches(prompts: Prompts, size: int) -> Iterator[Prompts]:
 def searched(given: Given, session: Session, prompts: Prompts, changes: Mapping[str, Any]) -> Outcome:
     """Every batch's search to its end."""
     settings = Settings(iterations=given.iterations, **changes)
-    search = NoiseOptimization(session.policy, session.rewards, settings, steps=given.steps)
+    search = Search(session.policy, session.rewards, settings, steps=given.steps)
     started, best, curves = time.perf_counter(), list[Found](), list[list[Tensor]]()
     for batch in batches(prompts, given.batch):
         curve: list[Tensor] = []

@@ -81,7 +81,10 @@ def rendered(folder: Path, count: int) -> list[Pair]:
     by_kind = scenes.prompts(test=True)
     while len(found) < count:
         record = rng.choice(by_kind[scenes.KINDS[len(found) % len(scenes.KINDS)]])
-        layouts = [scenes.lay_out(asked, rng) for asked in (record, scenes.alter(record, rng)[1])]
+        other = scenes.alter(record, rng)[1]
+        if sum(clause["count"] for clause in other["include"]) > max(scenes.NUMBERS):
+            continue
+        layouts = [scenes.lay_out(asked, rng) for asked in (record, other)]
         if scenes.meets(layouts[1], record)[0]:
             continue
         better = rng.randrange(2)
@@ -154,8 +157,8 @@ def study(folder: Path, count: int, elsewhere: int, changes: dict[str, Any], fil
     for label in LABELS:
         for name in MODELS:
             wanted = {"asked": [count, elsewhere, sorted(map(str, changes.items()))]}
-            if found.get(f"{name}-{label}", {}).get("asked") == wanted["asked"]:
-                continue
+            if name == label or found.get(f"{name}-{label}", {}).get("asked") == wanted["asked"]:
+                continue  # a judge learns nothing from its own labels
             found[f"{name}-{label}"] = train(name, label, pairs, folder, changes) | wanted
             records.write(file, found)
             sheet.write_text(page(found), encoding="utf-8")

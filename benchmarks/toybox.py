@@ -37,7 +37,7 @@ from visalign.sampling import pictures
 from visalign.trainer import NonFiniteError, Trainer
 
 FOLDER = records.RESULTS / "toybox"
-LEFT_OUT = ("toybox_full", "toybox_reward_model")  # the default job, longer; and one that trains no policy
+LEFT_OUT = ("toybox_full", "toybox_reward_model", "toybox_noise_optimization", "toybox_rpo")  # longer; no policy learns; another task
 SETTINGS = ("policy", "rewards", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # of a recipe, kept with its run
 
 

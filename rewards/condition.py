@@ -45,6 +45,7 @@ class Condition(Reward):
         given: what `metadata["condition"]` holds: a "picture" (3, H, W) in [0, 1] whose map is computed, or the "map" itself (H, W), edges
             in [0, 1], depth on any scale or class numbers (255: doesn't count). In a file, a map is grey, of 8 bits.
         references: see `visalign.references.References`.
+        form: "agreement" is that; "error" the mean of the dense map, in [-1, 0], which Ctrl-U attenuates place by place (`uncertainty`).
 
     Dense is minus the error at every place, in [-1, 0]. Component of class maps: `cross_entropy`.
     """
@@ -57,10 +58,12 @@ class Condition(Reward):
         checkpoint: str | None = None,
         given: Literal["picture", "map"] = "picture",
         references: str | None = None,
+        form: Literal["agreement", "error"] = "agreement",
     ):
         self.kind: Kind = kind
-        self.given = given
-        self.spec = replace(self.spec, range=(-1.0, 0.0) if kind == "depth" else (0.0, 1.0), model_id=MODELS.get(kind, ""))
+        self.form, self.given = form, given
+        error = form == "error" or kind == "depth"
+        self.spec = replace(self.spec, range=(-1.0, 0.0) if error else (0.0, 1.0), model_id=MODELS.get(kind, ""))
         self.model = load_map_predictor(checkpoint or MODELS[kind], kind) if kind in ("depth", "segmentation") else None
         self.references = References("condition", references, 1, lambda images: (images[:1],))
 
@@ -69,10 +72,14 @@ class Condition(Reward):
         maps = self._map(batch.images)
         wanted = torch.cat(self._wanted(batch, maps)).to(maps.device)
         if self.kind in ("segmentation", "colours"):
-            return _classes(maps, wanted)
-        error = (maps - wanted).abs()[:, 0]
-        score = -error.mean((1, 2)) if self.kind == "depth" else soft_f1(maps.flatten(1), wanted.flatten(1))
-        return RewardOutput.of(score, dense=-error)
+            found = _classes(maps, wanted)
+        else:
+            error = (maps - wanted).abs()[:, 0]
+            score = -error.mean((1, 2)) if self.kind == "depth" else soft_f1(maps.flatten(1), wanted.flatten(1))
+            found = RewardOutput.of(score, dense=-error)
+        if self.form == "agreement" or found.dense is None:
+            return found
+        return RewardOutput.of(found.dense.flatten(1).mean(1), dense=found.dense, components=found.components)
 
     def _map(self, images: Tensor) -> Tensor:
         """(N, K, h, w): edges or depth in [0, 1] (K = 1), or logarithms of class probabilities."""

@@ -8,6 +8,7 @@ likely without looking can be subtracted (`control`), which makes scores of diff
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +57,11 @@ class PromptEcho(Reward):
         limits = (-math.inf, math.inf) if control else (-math.inf, 0.0)
         self.spec = replace(self.spec, range=limits, differentiable=self.judge.differentiable, model_id=self.judge.name)
         self._blind: dict[tuple[str, tuple[int, ...]], float] = {}
+
+    @classmethod
+    def gradient_with(cls, options: Mapping[str, Any]) -> bool | None:
+        """Not by a server; in this process it depends on the model's picture processor."""
+        return None if options.get("server") is None else False
 
     def score(self, batch: RewardInput) -> RewardOutput:
         """(N,) float32; invalid where the judge failed, the prompt is empty or a picture isn't finite."""

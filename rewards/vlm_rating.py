@@ -7,6 +7,7 @@ four (Wu et al. 2024, arXiv 2404.15100).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -59,6 +60,11 @@ class VlmRating(Reward):
         self.judge: Judge = load_judge(checkpoint, server, batch)
         self.aspects = aspects
         self.spec = replace(self.spec, differentiable=self.judge.differentiable, model_id=self.judge.name)
+
+    @classmethod
+    def gradient_with(cls, options: Mapping[str, Any]) -> bool | None:
+        """Not by a server; in this process it depends on the model's picture processor."""
+        return None if options.get("server") is None else False
 
     def score(self, batch: RewardInput) -> RewardOutput:
         """(N,) float32 in [0, 1]; invalid where the judge failed or a picture isn't finite."""

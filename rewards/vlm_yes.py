@@ -8,6 +8,7 @@ because judges prefer a position.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -72,6 +73,11 @@ class VlmYes(Reward):
         limits = (0.0, 1.0) if form == "probability" else (-math.inf, math.inf)
         differentiable = self.judge.differentiable and not reason
         self.spec = replace(self.spec, range=limits, differentiable=differentiable, model_id=self.judge.name)
+
+    @classmethod
+    def gradient_with(cls, options: Mapping[str, Any]) -> bool | None:
+        """Not by a server, nor with reasons; in this process it depends on the model's picture processor."""
+        return None if options.get("server") is None and not options.get("reason") else False
 
     def score(self, batch: RewardInput) -> RewardOutput:
         """(N,) float32; invalid where the judge failed or a picture isn't finite."""

@@ -32,7 +32,7 @@ def test_equal_gain_gives_every_step_a_gradient_of_one_size(kind: str, transitio
         x_next = law.draw(noise).detach()
         old, one = law.log_prob(x_next).detach(), torch.ones(1)
         none = torch.zeros(1).long()
-        batch = Minibatch(x, x_next, now, after, torch.tensor([j]), old, one, Condition(none, {}), none, none, said)
+        batch = Minibatch(x, x_next, now, after, torch.tensor([j]), old, one, Condition(none, {}), none, none, none, none, said)
         ratio.loss(batch, law, prediction).value.backward()
         assert prediction.grad is not None
         sizes.append(float(prediction.grad.norm()))

@@ -1,4 +1,4 @@
-"""Chains with a graph: the same pictures as without, the same gradient with and without checkpointing, and truncation where asked for."""
+"""Chains with a graph: the same pictures as without, the same gradient with and without checkpointing, and no more than asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visalign.backprop import denoise
+from visalign.backprop import denoise, predict
 from visalign.families.toy import Toy
 from visalign.noise import gaussian
 from visalign.policy import Policy
@@ -52,16 +52,29 @@ def test_the_gradient_is_the_finite_difference(policy: Policy) -> None:
     assert (gradient(policy, x)[1] * way).sum().item() == pytest.approx((ends[0] - ends[1]).item() / 2e-3, rel=1e-2)
 
 
-def test_depth_cuts_the_graph_before_the_last_steps(policy: Policy) -> None:
-    x = torch.randn(3, 2)
-    whole, (by_weights, by_x) = gradient(policy, x)[0], gradient(policy, x, depth=2)
+def test_a_chain_in_two_parts_is_the_chain_and_the_part_without_a_graph_teaches_nothing(policy: Policy) -> None:
+    x, condition, shift = torch.randn(3, 2), policy.family.encode([""] * 3), policy.family.network.shift
+    whole = denoise(policy, x, condition, steps=STEPS)
+    with torch.no_grad():
+        half = denoise(policy, x, condition, steps=STEPS, last=2)
+    final = denoise(policy, half, condition, steps=STEPS, first=2)
+    assert torch.equal(final, whole)
+    (by_weights,) = torch.autograd.grad(final.square().sum(), shift)
     assert not by_weights[:2].any()
-    assert torch.allclose(by_weights[2:], whole[2:])
-    assert not by_x.any()
+    torch.testing.assert_close(by_weights[2:], gradient(policy, x)[0][2:])
 
 
-def test_truncated_predictions_are_constants_and_states_are_not(policy: Policy) -> None:
-    x = torch.randn(2, 2)
-    by_weights, by_x = gradient(policy, x, truncated=torch.tensor([STEPS, STEPS]))
-    assert not by_weights.any()
-    assert torch.allclose(by_x, 2 * denoise(policy, x, policy.family.encode(["", ""]), steps=STEPS), atol=1e-5)  # x' = x - Δ·constant
+def test_a_known_prediction_saves_a_forward(policy: Policy) -> None:
+    x, condition = torch.randn(3, 2), policy.family.encode([""] * 3)
+    whole, before = denoise(policy, x, condition, steps=STEPS), policy.nfe
+    said = predict(policy, x, torch.ones(3), condition, 1.0)
+    assert torch.equal(denoise(policy, x, condition, steps=STEPS, prediction=said), whole)
+    assert policy.nfe - before == 3 * STEPS
+
+
+def test_several_steps_are_taken_twice_and_a_single_one_is_not(policy: Policy) -> None:
+    x, condition = torch.randn(3, 2), policy.family.encode([""] * 3)
+    for first, forwards in ((0, 2 * STEPS), (STEPS - 1, 1)):
+        before = policy.nfe
+        denoise(policy, x, condition, steps=STEPS, first=first).sum().backward()
+        assert policy.nfe - before == 3 * forwards

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost, records, toybox, toybox_table
+from benchmarks import cost, distillation, records, toybox, toybox_table
 from benchmarks.cost_cases import CASES, chain, completed, one_branch, tree, window
 
 MACHINE = {"device": "abacus", "threads": 2, "torch": "2.15", "commit": "abc1234"}
@@ -114,3 +114,30 @@ def test_the_cost_page(tmp_path: Path) -> None:
     forwards = text.partition("## Forwards")[2]
     assert row_of(forwards, "BranchGRPO |")[4] == "yes"
     assert row_of(forwards, "GRPO-Guard |")[3:5] == ["8, formula 9", "**no**"]
+
+
+def test_the_page_of_students() -> None:
+    def judged(strict: float, nfe: float) -> dict[str, float]:
+        return {"strict": strict, "second_judge": 0.5, "clip_score": 0.6, "diversity": 0.3, "nfe": nfe}
+
+    students = {"quality": {"steps": 100}, "diverse": {"steps": 80}}
+    runs = [
+        {"seed": seed, "seconds": 90.0, "pictures": 516, **MACHINE, **students}
+        | {"rows": [{"name": "base"} | judged(0.3, 5.0), {"name": "base, guidance 3"} | judged(0.5, 10.0)]}
+        | {"curve": [{"share": share} | judged(0.5 - 0.1 * share + 0.02 * seed, 5.0) for share in (0.0, 0.5, 1.0)]}
+        for seed in range(2)
+    ]
+    text = distillation.page(runs)
+    assert row_of(text, "base, guidance 3") == [
+        "base, guidance 3", "10", "0.500 ± 0.000", "0.500 ± 0.000", "0.600 ± 0.000", "0.300 ± 0.000",
+    ]  # fmt: skip
+    assert row_of(text, "student, quality")[:3] == ["student, quality", "5", "0.510 ± 0.014"]
+    assert row_of(text, "0.5 of the way")[2] == "0.460 ± 0.014"
+    assert "(100, 80 steps" in text
+
+
+def test_a_run_without_groups_has_no_spread_to_plot(tmp_path: Path) -> None:
+    one = run("toybox_reward_gradient", 0, 0.6)
+    del one["rows"]["zero_spread/total"]
+    toybox_table.plot([one], tmp_path / "runs.png")
+    assert "reward_gradient" in toybox_table.page([one], 90.0)

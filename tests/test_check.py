@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny_models
+from tests.conftest import tiny_dino
 from tests.rewards.conftest import tiny_clip, tiny_detector
 from visalign import check, config
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
@@ -28,6 +30,15 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
         clip, detector = tiny_clip(folder / "clip"), tiny_detector(folder / "detector")
         words += [f"rewards.geneval.checkpoint={detector}", f"rewards.geneval.color_checkpoint={clip}", "rewards.geneval.short_side=64"]
         words += ["eval.rewards={jpeg: 1.0}"]
+    if "hps" in name:
+        words += [f"rewards.hps.checkpoint={tiny_clip(folder / 'clip')}", "eval.rewards={jpeg: 1.0}"]
+    if "directional" in name:
+        words += [f"rewards.directional.of.checkpoint={tiny_clip(folder / 'clip')}", "rewards.directional.pictures=4", "policy.steps=4"]
+        words += ["trainer.estimate=[0,4]", "eval.rewards={jpeg: 1.0}"]
+    if "image_reward" in name:
+        words += [f"rewards.image_reward.checkpoint={tiny_models.blip(folder / 'blip')}", "eval.rewards={jpeg: 1.0}"]
+    if "distillation" in name:
+        words += [f"rewards.diversity.checkpoint={tiny_dino(folder / 'dino')}", "eval.rewards={jpeg: 1.0}"]
     if "ocr" in name:
         words += ["eval.rewards={jpeg: 1.0}"]
     return config.load(name, words)

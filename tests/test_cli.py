@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from visalign import checkpoint, cli
 from visalign.families.toy import Toy
@@ -117,7 +118,6 @@ def picture(tmp_path: Path) -> Path:
         (["list", "reward"], "'reward'"),
         (["score", "a.png", "--reward", "jpeg"], "one of the arguments --prompt --prompts is required (see visalign --help)"),
         (["export", "nowhere", "--out", "there"], "nowhere is no run folder: it has no config.yaml"),
-        (["sample", "two circles", "--n", "4"], "`visalign sample` is not in this version"),
         (["plan", "toybox"], "`visalign plan` is not in this version"),
         (["demo"], "`visalign demo` is not in this version"),
     ],
@@ -134,7 +134,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(command)
         assert done.value.code == 0
         assert "usage: visalign" in capsys.readouterr().out
-    assert all(name in overview for name in ("train", "check", "evaluate", "score", "export", "list", *cli.LATER))
+    assert all(name in overview for name in ("train", "check", "evaluate", "sample", "score", "export", "list", *cli.LATER))
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------------
@@ -325,6 +325,19 @@ def test_export_writes_a_pipeline(finished: Path, tmp_path: Path, refused: Refus
     assert "--out: cannot write to" in refused("export", run, "--out", tmp_path / "file")
 
 
+def test_export_of_two_runs_blended(finished: Path, again: Path, tmp_path: Path, refused: Refused) -> None:
+    run, other = finished.parent / "run", again.parent / "run"
+    weights = other / "checkpoints" / "step_2" / "average.safetensors"
+    known = load_file(weights)
+    name = next(iter(known))
+    save_file(known | {name: known[name] + 1}, weights)
+    assert cli.main(["export", str(run), "--blend", f"{other}=0.25", "--out", str(tmp_path / "out")]) == 0
+    mixed = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(mixed[name], known[name] + 0.25)
+    assert "--blend half: expected RUN=SHARE" in refused("export", run, "--blend", "half", "--out", tmp_path / "out")
+    assert "with a share from 0 to 1" in refused("export", run, "--blend", f"{other}=2", "--out", tmp_path / "out")
+
+
 def test_export_before_the_first_checkpoint(refused: Refused, again: Path) -> None:
     shutil.rmtree(again.parent / "run" / "checkpoints")
     assert "has no checkpoint yet" in refused("export", again.parent / "run", "--out", again.parent / "out")
@@ -362,7 +375,90 @@ def test_score_refuses(refused: Refused, picture: Path, prompts: Path, tmp_path:
     assert "absent.txt: no such prompt list" in refused("score", picture, "--prompts", tmp_path / "absent.txt", "--reward", "jpeg")
     assert "no reward named 'jpg'; did you mean jpeg?" in refused("score", picture, "--prompt", "noise", "--reward", "jpg")
     assert "--reward jpeg.weight: expected a valid number" in refused("score", picture, "--prompt", "noise", "--reward", "jpeg=x")
-    assert "reward jpeg.checkpoint is unknown" in refused("score", picture, *common, "--checkpoint", "somewhere")
+    assert "rewards.jpeg.checkpoint is unknown" in refused("score", picture, *common, "--checkpoint", "somewhere")
+
+
+# --- sample ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a circle", "--reward", "jpg"], "no reward named 'jpg'; did you mean jpeg?"),
+        (["a circle", "--judge", "jpg"], "no reward named 'jpg'; did you mean jpeg?"),
+        (["a circle", "--reward", "jpeg=much"], "--reward jpeg.weight: expected a valid number"),
+        (["a circle", "--method", "best_of_m"], "no sampling method named 'best_of_m'; did you mean best_of_n?"),
+        (["a circle", "--method", "best_of_n"], "best_of_n needs a reward to search by"),
+        (
+            ["a circle", "--method", "gradient", "--reward", "jpeg"],
+            "gradient climbs the gradients of rewards, and rewards.jpeg (jpeg) has none",
+        ),
+        (
+            ["a circle", "--method", "svdd", "--reward", "jpeg", "--option", "proposal=2"],
+            "svdd.proposal is unknown; did you mean proposals?",
+        ),
+        (["a circle", "--method", "svdd", "--reward", "jpeg", "--option", "proposals"], "--option 'proposals': expected KEY=VALUE"),
+        (["a circle", "--budget", "nfe=0"], "budget.nfe: expected greater than 0, got 0"),
+        (["a circle", "--budget", "reward_calls=0"], "budget.reward_calls: expected greater than or equal to 1, got 0"),
+        (["a circle", "--budget", "nef=100"], "budget.nef is unknown; did you mean nfe?"),
+        (["a circle", "--budget", "100"], "--budget '100': expected KEY=VALUE"),
+        (
+            ["a circle", "--budget", "nfe=5", "--model", "toy:gaussian"],
+            "budget.nfe=5 is less than one picture: 10 steps at guidance 1 are 10 NFE",
+        ),
+        (["a circle", "--budget", "memory=4", "--model", "toy:gaussian", "--device", "cpu"], "budget.memory: only a CUDA device's memory"),
+        (["a circle", "--n", "0"], "--n 0 --steps 10: expected 1 or more of each"),
+        ([""], "the prompt is empty"),
+        (["a circle", "  "], "prompt 2 is empty"),
+        ([], "no prompt given; name some, or --prompts FILE"),
+        (["a circle", "--prompts", "list.txt"], "--prompts: give prompts or a file, not both"),
+        (["--prompts", "absent.txt"], "absent.txt: no such prompt list"),
+        (["a circle", "--model", "/nowhere"], "model '/nowhere' is no diffusers pipeline: no such folder"),
+    ],
+)
+def test_sample_refuses(refused: Refused, tmp_path: Path, words: list[str], message: str) -> None:
+    assert message in refused("sample", *words, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_sample_needs_a_folder(refused: Refused, tmp_path: Path) -> None:
+    assert "required: --out" in refused("sample", "a circle")
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in refused("sample", "a circle", "--model", "toy:gaussian", "--out", tmp_path / "file" / "out")
+
+
+def test_sample_draws_searches_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "one", "two", "--model", "toy:gaussian", "--reward", "tests.toy_rewards:Closeness=2", "--judge", "jpeg", "--n", "3"]
+    words += [
+        "--method",
+        "feynman_kac",
+        "--option",
+        "strength=3",
+        "--option",
+        "at=[0.5]",
+        "--budget",
+        "nfe=40",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "6 pictures of 2 prompts, 40 NFE and 0 backwards a picture" in said
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(found["means"]) == {"scores/tests.toy_rewards:Closeness", "scores/total", "held_out/jpeg", "held_out/total"}
+    assert [record["prompt"] for record in found["prompts"]] == ["one", "two"]
+    record = json.loads((tmp_path / "out" / "00001.json").read_text())
+    assert record["pictures"] == ["00001-0.png", "00001-1.png", "00001-2.png"]
+    close = record["scores"]["tests.toy_rewards:Closeness"]
+    assert record["scores"]["total"] == pytest.approx([2 * score for score in close])
+    assert [row["step"] for row in record["trace"]] == [10]
+    assert all((tmp_path / "out" / name).is_file() for name in (*record["pictures"], "sheet.png"))
+
+
+def test_sample_from_a_run_mixes_what_it_learned_with_its_base(finished: Path, tmp_path: Path) -> None:
+    words = ["sample", "a red circle", "--model", str(finished.parent / "run"), "--method", "hybrid", "--steps", "3", "--device", "cpu"]
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert Image.open(tmp_path / "00000-0.png").size == (64, 64)
 
 
 # --- list --------------------------------------------------------------------------------------------------------------
@@ -371,8 +467,10 @@ def test_score_refuses(refused: Refused, picture: Path, prompts: Path, tmp_path:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in ("toybox", "jpeg", "flow_grpo", "sd3"):
+    for name in ("toybox", "jpeg", "flow_grpo", "sd3", "feynman_kac"):
         assert any(line.startswith(f"  {name} ") and len(line.split()) > 3 for line in lines), name
+    assert cli.main(["list", "steering"]) == 0
+    assert "SVDD" in capsys.readouterr().out
     assert cli.main(["list", "trainers"]) == 0
     assert "jpeg" not in capsys.readouterr().out
 

@@ -23,27 +23,31 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 ANYONE = {"errors"}
 DATA = {"rollout"}
-MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "noise", "calibration", "whiteness"}
+MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "matching", "noise", "calibration", "whiteness"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures", "heads"}
 ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader", "vision", "replay"}
-ACTING |= {"backprop", "shifted_noise"}
+ACTING |= {"backprop", "climbing", "pathwise", "shifted_noise"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience", "rewarding"}
-PLUMBING |= {"loop", "preferences", "feedback", "searches"}
+PLUMBING |= {"loop", "preferences", "feedback", "forward_process", "searches", "findings", "tasks", "guiding", "borrowing"}
 TRAINING = {"sampling", "scoring", "features", "judges", "heads", "loop", "trainer", "config", "axes", "preferences", "feedback"}
-TRAINING |= {"distributed", "questions", "backprop", "searches", "shifted_noise"}
+TRAINING |= {"distributed", "questions", "backprop", "noise", "forward_process", "solvers", "policy", "references"}
+TRAINING |= {"pathwise", "climbing", "composite", "searches", "shifted_noise"}
 ACTING_FOR_REWARDS = ACTING - {"policy", "sampling", "solvers", "branching", "reward_check", "judge_client"}
 REFERENCES = {"references"}
-DOORS = {"train", "cli", "api", "demo"}
+DOORS = {"train", "cli", "api", "drawing", "gallery", "demo"}
 MAY_IMPORT = {  # group -> what of visalign its files may import, besides each other and errors
     "data": set(),
     "mathematics": DATA,
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
-    "families": {"policy", "paths", "schedules", "rollout", "sampling"},
+    "families": {"policy", "paths", "preprocess", "schedules", "rollout", "sampling"},
     "references": {"pictures", "preprocess", "scoring", "toybox"},
     "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
-    "steering": DATA | MATHEMATICS | {"sampling", "backprop", "scoring", "config", "policy", "steering"},
+    "steering": DATA
+    | MATHEMATICS
+    | {"sampling", "backprop", "climbing", "scoring", "config", "policy"}
+    | {"guiding", "tasks", "findings", "steering"},
     "trainers": DATA | MATHEMATICS | TRAINING | {"trainers", "steering"},
     "toybox": {"scoring", "toybox", "schedules", "judges", "questions"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,

@@ -8,7 +8,17 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from visalign.losses import clipped_policy, guard_log_ratio, noise_weights, path_kl, per_step_statistics, per_step_summary, velocity_kl
+from visalign.losses import (
+    Loss,
+    clipped_policy,
+    guard_log_ratio,
+    noise_weights,
+    path_kl,
+    per_step_statistics,
+    per_step_summary,
+    reward_difference,
+    velocity_kl,
+)
 from visalign.paths import Flow, gain
 from visalign.transitions import TRANSITIONS, kernel
 
@@ -197,3 +207,64 @@ def test_velocity_kl_has_an_explicit_weight_and_reaches_the_policy_only() -> Non
 
 def test_noise_weights() -> None:
     assert_close(noise_weights(torch.tensor([0.1, 0.2, 0.6])), torch.tensor([1 / 3, 2 / 3, 2.0]))
+
+
+def one_pair(moved: list[float], wanted: float) -> tuple[Loss, Tensor]:
+    """PRDP's loss of one pair over two steps, clipped at 0.2, and its derivatives (2, 2): the first member moved, the second did not."""
+    log_ratio = torch.tensor([moved, [0.0, 0.0]], requires_grad=True)
+    credit, clip, one = torch.tensor([[wanted], [0.0]]), torch.full((2,), 0.2), torch.ones(2, 1)
+    options = {"beta": 1.0, "clip_low": clip, "clip_high": clip}
+    loss = reward_difference(log_ratio, torch.zeros(2, 2), credit, one, torch.zeros(2).long(), torch.ones(1, 2), **options)
+    return loss, torch.autograd.grad(loss.value, log_ratio)[0]
+
+
+@pytest.mark.parametrize(
+    ("moved", "wanted", "error", "slope", "clipped"),
+    [  # (error)²/8 and its derivative, error/4, at each step of the first member; steps that the clip holds have none
+        ([0.1, 0.1], 1.0, 0.8, (-0.2, -0.2), False),
+        ([0.3, 0.1], 1.0, 0.7, (0.0, -0.175), True),  # towards the target and too far: the cut path's error is larger, and counts
+        ([0.3, 0.3], 1.0, 0.6, (0.0, 0.0), True),
+        ([-0.3, 0.1], 1.0, 1.2, (-0.3, -0.3), False),  # away from it: pulled back at both steps
+        ([0.3, 0.1], 0.1, -0.3, (0.075, 0.075), False),  # beyond it: pulled back
+        ([0.2, -0.2], 0.0, 0.0, (0.0, 0.0), False),
+    ],
+)
+def test_prdp_is_clipped_step_by_step_and_never_below_its_error(
+    moved: list[float], wanted: float, error: float, slope: tuple[float, float], clipped: bool
+) -> None:
+    loss, found = one_pair(moved, wanted)
+    assert loss.value.item() == pytest.approx(error**2 / 8, abs=1e-8)
+    assert_close(found[0], torch.tensor(slope), atol=1e-7, rtol=1e-6)
+    assert loss.metrics["clip/pairs"].item() == clipped
+
+
+def test_prdp_averages_valid_pairs_within_groups_and_groups() -> None:
+    rng = torch.Generator().manual_seed(0)
+    log_ratio, old, credit = (torch.randn(7, 3, generator=rng, dtype=torch.float64) for _ in range(3))
+    groups, clip, beta = torch.tensor([4, 4, 9, 4, 9, 4, 2]), torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64), 0.7
+    weight = torch.tensor([1.0, 0.5, 1.0, 0.0, 0.2, 1.0, 1.0])[:, None].repeat(1, 3)
+    weight[5, 1] = 0
+    answers = torch.ones(3, 3).triu()
+    cut = old + torch.minimum(torch.maximum(log_ratio - old, -clip), clip)
+    total = 0.0
+    for column in range(3):
+        for group in (4, 9):
+            rows = [n for n in range(7) if groups[n] == group and weight[n, column] > 0]
+            pairs = [(a, b) for a in rows for b in rows if a < b]
+            for a, b in pairs:
+                wanted = credit[a, column] - credit[b, column]
+                errors = [wanted - beta * (said[a, column:] - said[b, column:]).sum() for said in (log_ratio, cut)]
+                total += float(weight[a, column] * weight[b, column] * max(e**2 for e in errors)) / len(pairs) / 3  # three groups
+    found = reward_difference(log_ratio, old, credit, weight, groups, answers, beta=beta, clip_low=clip, clip_high=clip)
+    assert found.value.item() == pytest.approx(total / (4 * beta * 6))
+
+
+def test_prdp_explains_all_where_log_ratios_are_rewards() -> None:
+    rewards, zero, one = torch.tensor([0.3, -1.0, 2.0]), torch.zeros(3).long(), torch.ones(3, 1)
+    free = {"beta": 0.25, "clip_low": torch.tensor(1e9), "clip_high": torch.tensor(1e9)}
+    spread = torch.stack([rewards * 3, rewards + 5.0], 1)  # 0.25·(3 + 1)·reward and a constant
+    found = reward_difference(spread, spread, rewards[:, None], one, zero, torch.ones(1, 2), **free)
+    assert found.value.item() < 1e-12
+    assert found.metrics["explained"].item() == pytest.approx(1.0)
+    nothing = reward_difference(spread, spread, rewards[:, None], torch.zeros(3, 1), zero, torch.ones(1, 2), **free)
+    assert (nothing.value.item(), nothing.metrics["explained"].item()) == (0.0, 0.0)

@@ -68,8 +68,8 @@ def test_sample_scores_with_any_form_of_reward() -> None:
 
 def test_sample_refuses() -> None:
     policy = visalign.load("toy:gaussian", device="cpu")
-    with pytest.raises(visalign.UserError, match="method 'best_of_n' is not in this version; there is: plain"):
-        visalign.sample(policy, "a", method="best_of_n")
+    with pytest.raises(visalign.UserError, match="no sampling method named 'best_of_m'; did you mean best_of_n"):
+        visalign.sample(policy, "a", method="best_of_m")
     with pytest.raises(visalign.UserError, match="no prompt given"):
         visalign.sample(policy, [])
     with pytest.raises(visalign.UserError, match="no reward named 'jpg'"):

@@ -13,12 +13,14 @@ from visalign import registry
 from visalign.config import RewardSection
 from visalign.errors import UserError
 from visalign.families.toy import Toy
+from visalign.guiding import Method
 from visalign.loop import Loop
 from visalign.policy import Family
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
+from visalign.steering.best_of_n import BestOfN
 from visalign.trainers.flow_grpo import FlowGRPO
 
-BASES = {"rewards": Reward, "trainers": Loop, "families": Family}
+BASES = {"rewards": Reward, "trainers": Loop, "families": Family, "steering": Method}
 
 
 class Constant(Reward):
@@ -61,6 +63,10 @@ class MyFamily(Toy):
     """A user's family."""
 
 
+class MyMethod(BestOfN):
+    """A user's sampling method."""
+
+
 NOT_A_REWARD = dict
 
 
@@ -73,7 +79,9 @@ def test_every_file_loads_by_its_stem(kind: str, name: str) -> None:
     assert registry.load(kind, name) is found
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("rewards", Constant), ("trainers", MyTrainer), ("families", MyFamily)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("rewards", Constant), ("trainers", MyTrainer), ("families", MyFamily), ("steering", MyMethod)]
+)
 def test_a_users_own_class_loads_by_its_dotted_path(kind: str, expected: type) -> None:
     assert registry.load(kind, f"{__name__}:{expected.__name__}") is expected
 
@@ -91,6 +99,7 @@ def test_a_users_module_in_the_working_folder_is_found(tmp_path: Path, monkeypat
         ("rewards", "clip_scor", "no reward named 'clip_scor'; did you mean clip_score?"),
         ("trainers", "flow_gpro", "no trainer named 'flow_gpro'; did you mean flow_grpo?"),
         ("families", "sd33", "no family named 'sd33'; did you mean sd3?"),
+        ("steering", "svd", "no sampling method named 'svd'; did you mean svdd?"),
         ("families", "__init__", "no family named '__init__'; known: "),
         ("rewards", "../jpeg", "no reward named '../jpeg'"),
         ("rewards", "no_such_module:Mine", "no_such_module:Mine: No module named 'no_such_module'; expected package.module:Class"),
@@ -104,6 +113,24 @@ def test_what_is_not_there_is_one_line(kind: str, name: str, message: str) -> No
         registry.load(kind, name)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_has_no_gradient_is_known_before_anything_is_loaded() -> None:
+    def lost(**rewards: Any) -> str | None:
+        return registry.without_gradient({alias: RewardSection.model_validate(section) for alias, section in rewards.items()})
+
+    assert lost(clip={"use": "clip_score"}, dino={"use": "dino"}) is None
+    assert lost(clip={"use": "clip_score"}, size={"use": "jpeg"}) == "rewards.size (jpeg)"
+    assert lost(clip={"use": "clip_score"}, size={"use": "jpeg", "weight": 0.0}) is None
+    assert lost(judge={"use": "vlm_yes"}) is None, "its model decides"
+    assert lost(judge={"use": "vlm_yes", "server": "http://localhost:1/v1"}) == "rewards.judge (vlm_yes)"
+    assert lost(judge={"use": "vlm_yes", "reason": True}) == "rewards.judge (vlm_yes)"
+    safe = {"use": "uncertainty", "of": {"use": "toybox"}}
+    assert lost(safe=safe) == "rewards.safe.of (toybox)"
+    assert (
+        lost(both={"use": "geometric", "of": {"clip": {"use": "clip_score"}, "exact": {"use": "toybox"}}})
+        == "rewards.both.of.exact (toybox)"
+    )
 
 
 # --- options -----------------------------------------------------------------------------------------------------------

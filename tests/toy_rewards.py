@@ -42,3 +42,15 @@ class Brightness(Reward):
 
     def score(self, batch: RewardInput) -> RewardOutput:
         return RewardOutput.of(batch.images.mean((1, 2, 3)))
+
+
+class Slope(Reward):
+    """A linear reward: the best policy for it less a KL only shifts every mean, which is what a toy's network can do."""
+
+    spec = RewardSpec("slope", differentiable=True)
+
+    def __init__(self, direction: tuple[float, float] = (1.0, 0.5)):
+        self.direction = torch.tensor(direction)
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        return RewardOutput.of(Toy.points(batch.images) @ self.direction)

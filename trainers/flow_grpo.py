@@ -29,6 +29,7 @@ from visalign.rollout import Minibatch, Prompts, Rollout
 from visalign.sampling import Dynamics, decode, transition
 from visalign.schedules import StepPlan
 from visalign.trainer import Session, Trainer
+from visalign.transitions import Gaussian
 
 
 class FlowGRPO(Trainer):
@@ -98,15 +99,10 @@ class FlowGRPO(Trainer):
 
     def loss(self, batch: Minibatch) -> Loss:
         prediction = self.predict(batch)
-        law, _ = transition(
-            self.policy, batch.x, batch.sigma, batch.sigma_next, batch.condition, self.config.policy.guidance, self.dynamics, prediction
-        )
-        loss = self.ratio.loss(batch, law, prediction)
+        loss = self.ratio.loss(batch, self.law(batch, prediction), prediction)
         if not self.settings.kl:
             return loss
-        with torch.no_grad(), self.policy.reference():
-            reference = self.predict(batch)
-        kl = self.penalty(batch, prediction, reference).mean()
+        kl = self.penalty(batch, prediction, self.anchor(batch)).mean()
         return replace(loss, value=loss.value + self.settings.kl * kl, metrics=loss.metrics | {"kl": kl.detach()})
 
     def predict(self, batch: Minibatch) -> Tensor:
@@ -114,6 +110,17 @@ class FlowGRPO(Trainer):
         first = batch.first
         said = self.policy.predict(batch.x[first], batch.sigma[first], batch.condition.take(first), self.config.policy.guidance)
         return said[batch.start]
+
+    def law(self, batch: Minibatch, prediction: Tensor) -> Gaussian:
+        """The Gaussian of each transition whose start the network says `prediction` (B, ...) of: the rollout's own."""
+        guidance = self.config.policy.guidance
+        return transition(self.policy, batch.x, batch.sigma, batch.sigma_next, batch.condition, guidance, self.dynamics, prediction)[0]
+
+    @torch.no_grad()
+    def anchor(self, batch: Minibatch) -> Tensor:
+        """(B, ...) what the penalty holds predictions to: those of the model before training."""
+        with self.policy.reference():
+            return self.predict(batch)
 
     def penalty(self, batch: Minibatch, prediction: Tensor, reference: Tensor) -> Tensor:
         """(B,) distance of two predictions in the form that `kl_form` names."""

@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from visalign.climbing import Look, check, look
 from visalign.config import AtLeastZero, Positive
 from visalign.errors import UserError
 from visalign.losses import Loss
@@ -32,7 +33,6 @@ from visalign.noise import gaussian
 from visalign.paths import expand
 from visalign.rollout import Minibatch, Prompts, Rollout, Trajectory
 from visalign.shifted_noise import ShiftedNoise
-from visalign.steering.noise_optimization import Look, check, look
 from visalign.trainer import Session, Trainer
 from visalign.whiteness import describe
 

@@ -27,8 +27,7 @@ from visalign.loop import Defaults, Job, Session
 from visalign.rollout import Prompts
 from visalign.scoring import RewardInput
 from visalign.searches import Record, Store, digest, plain
-from visalign.steering.noise_optimization import Found, Settings, State
-from visalign.steering.noise_optimization import NoiseOptimization as Search
+from visalign.steering.noise_optimization import Found, Search, Settings, State
 
 
 class NoiseOptimization(Job):

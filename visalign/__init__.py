@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visalign.api import Result, align, load, load_reward, sample, score
+    from visalign.api import align, load, load_reward, score
     from visalign.config import Config
+    from visalign.drawing import Result, sample, sample_stream
     from visalign.errors import UserError
     from visalign.policy import Family, Policy
     from visalign.scoring import Panel, Reward, RewardInput, RewardOutput, RewardSpec
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOME = {
-    "api": ("Result", "align", "load", "load_reward", "sample", "score"),
+    "api": ("align", "load", "load_reward", "score"),
     "config": ("Config",),
+    "drawing": ("Result", "sample", "sample_stream"),
     "errors": ("UserError",),
     "policy": ("Family", "Policy"),
     "scoring": ("Panel", "Reward", "RewardInput", "RewardOutput", "RewardSpec"),
@@ -28,8 +30,8 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (by importance)
-    "load", "sample", "score", "align", "load_reward", "Policy", "Family", "Reward", "RewardInput", "RewardOutput", "RewardSpec",
-    "Panel", "Trainer", "Config", "Result", "UserError",
+    "load", "sample", "sample_stream", "score", "align", "load_reward", "Policy", "Family", "Reward", "RewardInput", "RewardOutput",
+    "RewardSpec", "Panel", "Trainer", "Config", "Result", "UserError",
 ]  # fmt: skip
 
 

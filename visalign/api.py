@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visalign import build, config, pictures, registry, sampling
+from visalign import build, config, pictures, registry
 from visalign.distributed import pick_device
 from visalign.errors import UserError
 from visalign.policy import Policy
-from visalign.rollout import Prompts
 from visalign.scoring import Panel, Reward, RewardInput
-
-METHODS = ("plain",)
 
 
 def load(source: Any = "toybox", device: str = "auto", **options: Any) -> Policy:
     """A policy to sample and train.
 
     Args:
-        source: "toybox", a folder or a hub id of a diffusers pipeline, or a pipeline object.
+        source: "toybox", a folder or a hub id of a diffusers pipeline, a pipeline object, or the folder of a run, with what it learned.
         device: "auto" is cuda, else mps, else cpu.
         options: further arguments of the family; `precision` and `dtype` are "fp32", "bf16" or "fp16".
 
     Raises:
         UserError: nothing there, or no family knows the pipeline.
     """
+    if isinstance(source, str | Path) and (Path(source) / "config.yaml").is_file():
+        if options:
+            raise UserError(f"{source} is a run's folder, whose recipe says how to load it; leave out {', '.join(sorted(options))}")
+        return build.restore(Path(source), pick_device(device), reference=True)
     return registry.load_policy(source, **options).to(pick_device(device))
 
 
@@ -40,82 +39,39 @@ def load_reward(name: str, device: str = "auto", **options: Any) -> Reward:
     return registry.load_reward(name, **options).to(pick_device(device))
 
 
-def panel(rewards: str | Reward | Mapping[str, Any], model: str | None = None, device: torch.device | str = "cpu") -> Panel:
-    """Rewards with weights: a name, a reward object, or a mapping name -> weight, options or reward object.
+def panel(rewards: Any, model: str | None = None, device: torch.device | str = "cpu") -> Panel:
+    """Rewards with weights: a name, a reward object, a panel as it is, or a mapping name -> weight, options, or reward object.
 
     `model` is what the policy was loaded from: on the toybox, model rewards take the toybox's weights.
+
+    Raises:
+        UserError: no such reward, or an option that it refuses.
     """
+    if isinstance(rewards, Panel):
+        return rewards
+    objects, sections = split(rewards)
+    built = registry.build_panel(sections, model, device) if sections else None
+    members = objects | ({alias: (built.rewards[alias], built.weights[alias]) for alias in sections} if built else {})
+    named = rewards if isinstance(rewards, Mapping) else members
+    return Panel({alias: members[alias] for alias in named})
+
+
+def split(rewards: Any, where: str = "rewards") -> tuple[dict[str, tuple[Reward, float]], dict[str, config.RewardSection]]:
+    """What `panel` takes as rewards that are built, with their weights, and as sections to build from; checked, nothing is loaded."""
+    if isinstance(rewards, Panel):
+        return {alias: (reward, rewards.weights[alias]) for alias, reward in rewards.rewards.items()}, {}
     if isinstance(rewards, str):
         rewards = {rewards: 1.0}
     if isinstance(rewards, Reward):
         rewards = {rewards.spec.name: rewards}
-    objects = {name: value for name, value in rewards.items() if isinstance(value, Reward)}
+    if not isinstance(rewards, Mapping) or not rewards:
+        raise UserError(f"{where}: expected a name, a reward, or a mapping of names to weights or options, got {rewards!r}")
+    objects = {name: (value, 1.0) for name, value in rewards.items() if isinstance(value, Reward)}
     plain = {name: value for name, value in rewards.items() if name not in objects}
-    expanded = config.expand_rewards(plain, "rewards")
-    sections = {name: config.validate(config.RewardSection, section, f"rewards.{name}") for name, section in expanded.items()}
-    built = registry.build_panel(sections, model, device) if sections else None
-    members = {
-        name: (built.rewards[name], built.weights[name]) if built and name in built.rewards else (objects[name], 1.0) for name in rewards
-    }
-    return Panel(members)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `sample` returns.
-
-    Attributes:
-        images: (N, 3, H, W) float in [0, 1].
-        scores: reward name -> (N,), with "total"; empty without a reward.
-        trace: one record per evaluation of a search; empty for `plain`.
-        nfe: denoiser forwards per returned picture.
-        reward_calls: pictures scored.
-        seconds: of the whole call.
-    """
-
-    images: Tensor
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    trace: list[dict[str, Any]] = field(default_factory=list)
-    nfe: float = 0.0
-    reward_calls: int = 0
-    seconds: float = 0.0
-
-
-@torch.no_grad()
-def sample(
-    policy: Policy,
-    prompts: str | Sequence[str],
-    reward: Any = None,
-    method: str = "plain",
-    n: int = 1,
-    steps: int = 10,
-    guidance: float = 1.0,
-    seed: int = 0,
-) -> Result:
-    """Draw pictures and score them.
-
-    Args:
-        policy: from `load`.
-        prompts: one or more texts.
-        reward: what scores the pictures, as in `panel`; None scores nothing.
-        method: "plain" samples the model as it is.
-        n: pictures per prompt, in the order of the prompts.
-        steps, guidance: of the sampler.
-
-    Raises:
-        UserError: an unknown method or reward.
-    """
-    if method not in METHODS:
-        raise UserError(f"sampling method {method!r} is not in this version; there is: {', '.join(METHODS)}")
-    started, before = time.perf_counter(), policy.nfe
-    texts = [text for text in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(n)]
-    if not texts:
-        raise UserError("no prompt given")
-    drawn = Prompts.of(texts)
-    images = sampling.pictures(policy, drawn, steps=steps, seed=seed, guidance=guidance)
-    judges = panel(reward, policy.name, policy.device) if reward is not None else None
-    scores = judges.score(RewardInput(images, texts, drawn.metadata, groups=drawn.groups)).by_name() if judges else {}
-    return Result(images, scores, [], (policy.nfe - before) / len(texts), judges.calls if judges else 0, time.perf_counter() - started)
+    expanded = config.expand_rewards(plain, where)
+    sections = {name: config.validate(config.RewardSection, section, f"{where}.{name}") for name, section in expanded.items()}
+    registry.check_rewards(sections, where)
+    return objects, sections
 
 
 def score(
@@ -152,4 +108,4 @@ def align(recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ())
     return build.loop(config.load(recipe, dict(overrides) if isinstance(overrides, Mapping) else overrides)).fit()
 
 
-__all__ = ["Result", "align", "load", "load_reward", "panel", "sample", "score"]
+__all__ = ["align", "load", "load_reward", "panel", "score", "split"]

@@ -179,8 +179,7 @@ class Credit:
         return found * torch.zeros_like(found).scatter_reduce(0, owner, weights, "mean", include_self=False).gather(0, owner)
 
     def _advantages(self, drawn: Rollout, moments: Callable[[Tensor], Tensor]) -> Tensor:
-        section, trajectory, rewards = self.section, drawn.trajectory, dict(drawn.rewards)
-        total = rewards.pop("total")
+        section, trajectory, total = self.section, drawn.trajectory, drawn.rewards["total"]
         groups, before = drawn.prompts.groups.to(total.device), trajectory.before.to(total.device)
         scale = {"epsilon": section.epsilon, "clip": section.clip}
         if section.kind in ("gain", "residual"):
@@ -202,12 +201,16 @@ class Credit:
             return credits.tree_advantages(total, trajectory.node.to(total.device), before, groups, **scale)
         if section.kind == "own_branch":
             groups = credits.branch_cells(groups, trajectory.steps[:, 0].to(total.device), trajectory.node[:, 0].to(total.device))
+        return credits.per_step(self.terminal(drawn, groups, moments), trajectory.log_probs.shape[1])
+
+    def terminal(self, drawn: Rollout, groups: Tensor, moments: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N,) the advantage of each sample's own reward within `groups` (N,), before its weight."""
+        section, rewards = self.section, dict(drawn.rewards)
+        total = rewards.pop("total")
         if section.aggregation == "gdpo":
             floors = {alias: section.noise_floor.get(alias, reward.spec.noise_std) for alias, reward in self.panel.rewards.items()}
-            per_sample = credits.gdpo_advantages(rewards, self.panel.weights, groups, floors, clip=section.clip, moments=moments)
-        else:
-            per_sample = credits.group_advantages(total, groups, std=section.std, moments=moments, **scale)
-        return credits.per_step(per_sample, trajectory.log_probs.shape[1])
+            return credits.gdpo_advantages(rewards, self.panel.weights, groups, floors, clip=section.clip, moments=moments)
+        return credits.group_advantages(total, groups, std=section.std, moments=moments, epsilon=section.epsilon, clip=section.clip)
 
     def kept(self, drawn: Rollout) -> Tensor:
         """(N,) bool: the samples that are trained at all."""

@@ -144,8 +144,13 @@ def write_config(config: Config) -> None:
         raise UserError(f"run.path: cannot write to {folder} ({error.strerror}); choose another folder") from None
 
 
-def restore(run: Path, device: torch.device) -> Policy:
-    """The policy of a run with its newest checkpoint's averaged weights (or the trained ones, without an average)."""
+def restore(run: Path, device: torch.device, reference: bool = False) -> Policy:
+    """The policy of a run with the averaged weights (or the trained ones, without an average) of its best checkpoint, where the recipe
+    keeps that (`eval.keep_best`), else of its newest.
+
+    Args:
+        reference: keep what it was before training, for `Policy.reference`.
+    """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
     recipe = load(run / "config.yaml")
@@ -154,8 +159,11 @@ def restore(run: Path, device: torch.device) -> Policy:
     if not saved:
         raise UserError(f"{run} has no checkpoint yet; let it run to its first one (run.checkpoint_every={recipe.run.checkpoint_every})")
     stem = "trainable" if recipe.policy.ema is None else "average"
-    values = checkpoint.load(saved[-1], [stem])[0][stem]
+    chosen = checkpoint.newest(run / "best", int(saved[-1].name[5:])) if recipe.eval.keep_best else None
+    values = checkpoint.load(chosen or saved[-1], [stem])[0][stem]
     loaded = policy(recipe, device)
+    if reference:
+        loaded.keep_reference()
     with torch.no_grad():
         for name, parameter in loaded.named_trainable().items():
             parameter.copy_(values[name])
@@ -184,9 +192,7 @@ def export(policy: Policy, folder: Path, merge: bool = False) -> str:
 
             policy.family.save_adapter(folder, get_peft_model_state_dict(network))
             return "adapter"
-        if policy.lora:
-            network.fuse_lora()
-            network.unload_lora()
+        policy.merge()
         policy.family.save(folder)
         return "pipeline"
     except NotImplementedError as reason:

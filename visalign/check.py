@@ -79,16 +79,16 @@ def collected(trainer: Trainer) -> Rollout:
     """A rollout whose advantages are +1, -1: replay and gradients must not depend on a reward's spread."""
     rollout = trainer.collect(trainer.draw(1), 1)
     signs = torch.tensor([1.0, -1.0], device=trainer.device).repeat(len(rollout.prompts) // 2)
-    columns = rollout.trajectory.log_probs.shape[1]
+    columns = trainer.credit(rollout).shape[1]
     return replace(rollout, advantages=signs[:, None].repeat(1, columns))
 
 
 class OneBatch(Policy):
     """A policy in the stock pipelines' batch shape: guidance would amplify the rounding by which another shape differs."""
 
-    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
+    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False) -> Tensor:
         if guidance == 1.0 or condition.negative is None:
-            return super().predict(x, sigma, condition, guidance)
+            return super().predict(x, sigma, condition, guidance, through_guidance=through_guidance)
         halves = condition.unconditional(), condition.positive()
         both = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
         unconditional, conditional = self._forward(x.repeat(2, *(1 for _ in x.shape[1:])), sigma.repeat(2), both).chunk(2)
@@ -117,15 +117,21 @@ def stock(subject: Subject) -> str:
 
 
 def ratio(subject: Subject) -> str:
-    """Replay at the rollout's batch shape gives the rollout's log-probabilities to the bit."""
-    return _within("max |ratio - 1|", _deviation(subject, 1), 0.0)
+    """Replay at the rollout's batch shape gives, to the bit, the rollout's log-probabilities; where there are none, its latents."""
+    trainer = subject.trainer
+    if trainer.deviation == "ratio/max_deviation" and not subject.rollout.trajectory.log_probs.shape[1]:
+        return "skipped: no timestep is recorded"
+    what = {"ratio/max_deviation": "max |ratio - 1|", "replay/max_deviation": "max |Δ latent|"}[trainer.deviation]
+    return _within(what, _deviation(subject, 1), 0.0)
 
 
 def stacked(subject: Subject) -> str:
     """Replay with all recorded timesteps in one forward: another batch shape, within rounding."""
     columns = subject.rollout.trajectory.log_probs.shape[1]
-    if columns == 1:
-        return "skipped: one recorded timestep"
+    if columns <= 1:
+        return f"skipped: {'one' if columns else 'no'} recorded timestep"
+    if subject.trainer.deviation != "ratio/max_deviation":
+        return "skipped: no ratio"
     limit = REPLAY_TOLERANCE[subject.recipe.policy.precision]
     return _within(f"max |ratio - 1| with {columns} timesteps stacked", _deviation(subject, columns), limit)
 
@@ -228,12 +234,12 @@ def _advantages(rollout: Rollout) -> Tensor:
 
 
 def _deviation(subject: Subject, stack: int) -> float:
-    """Largest |ratio - 1| of a replay with `stack` timesteps a forward, no update in between."""
+    """Largest deviation of a replay with `stack` timesteps a forward, no update in between."""
     trainer, rollout = subject.trainer, subject.rollout
     columns, rows = rollout.trajectory.distinct().T.nonzero().unbind(1)
     worst = torch.zeros((), device=trainer.device)
     for batch in rollout.minibatches(rows, columns, trainer.settings.micro_batch, stack):
-        worst = torch.maximum(worst, trainer.loss(batch).metrics["ratio/max_deviation"])
+        worst = torch.maximum(worst, trainer.loss(batch).metrics[trainer.deviation])
     return trainer.processes.max(worst).item()
 
 

@@ -81,6 +81,11 @@ def found(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda p: int(p.name[5:]))
 
 
+def newest(folder: Path, last: int) -> Path | None:
+    """The newest complete checkpoint of a step up to `last`."""
+    return next((path for path in reversed(found(folder)) if int(path.name[5:]) <= last), None)
+
+
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep`, and what interrupted writes and abandoned courses left behind."""
     for old in found(folder)[:-keep]:

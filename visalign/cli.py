@@ -1,4 +1,4 @@
-"""The `visalign` command: train, check, evaluate, score, export, list."""
+"""The `visalign` command: train, check, evaluate, sample, score, export, list."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 from visalign.errors import UserError
 
 LATER = {  # commands whose issue has not been built yet: they say so rather than be missing
-    "sample": "reward-guided sampling; until then: visalign.sample(policy, prompts, reward=…) in Python draws and scores",
     "plan": "the planner of memory and time",
     "demo": "the Gradio demo",
 }
@@ -38,6 +37,21 @@ def parser() -> Parser:
     one.add_argument("--images", type=int, help="pictures (default: the recipe's)")
     one.add_argument("--guidance", type=float)
     one.add_argument("--out", type=Path, help="write the figures as JSON here")
+    one = commands.add_parser("sample", help="draw pictures, plain or guided by rewards")
+    one.add_argument("texts", nargs="*", metavar="PROMPT")
+    one.add_argument("--prompts", metavar="FILE", help="a .txt or .jsonl with a prompt a line, instead")
+    one.add_argument("--model", default="toybox", help="toybox, a pipeline's folder or hub id, or a run folder (default: toybox)")
+    one.add_argument("--reward", action="append", default=[], metavar="NAME[=WEIGHT]", help="what is searched by")
+    one.add_argument("--judge", action="append", default=[], metavar="NAME[=WEIGHT]", help="scores the result, unseen by the search")
+    one.add_argument("--method", default="plain", metavar="NAME", help="see `visalign list steering` (default: plain)")
+    one.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method")
+    one.add_argument("--budget", action="append", default=[], metavar="KEY=VALUE", help="nfe or reward_calls per picture, seconds, memory")
+    one.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    one.add_argument("--steps", type=int, default=10, help="of the sampler")
+    one.add_argument("--guidance", type=float, default=1.0, help="of classifier-free guidance; 1 is none")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="auto")
+    one.add_argument("--out", type=Path, required=True, metavar="DIR", help="pictures and scores; an interrupted command goes on there")
     one = commands.add_parser("score", help="score picture files")
     one.add_argument("files", nargs="+", metavar="FILE")
     what = one.add_mutually_exclusive_group(required=True)
@@ -49,8 +63,9 @@ def parser() -> Parser:
     one.add_argument("run", type=Path, metavar="RUN")
     one.add_argument("--out", type=Path, required=True, metavar="DIR")
     one.add_argument("--merge", action="store_true", help="the whole pipeline with the adapter merged")
+    one.add_argument("--blend", metavar="RUN=SHARE", help="merge, and mix in a share of another run's weights, from 0 to 1")
     one = commands.add_parser("list", help="what there is")
-    one.add_argument("kind", nargs="?", choices=["rewards", "trainers", "families", "configs", "schema"])
+    one.add_argument("kind", nargs="?", choices=["rewards", "trainers", "families", "steering", "configs", "schema"])
     for name, text in LATER.items():
         commands.add_parser(name, help=f"not in this version: {text}").add_argument("rest", nargs=argparse.REMAINDER)
     return top
@@ -96,7 +111,7 @@ def _run(words: list[str]) -> int:
 def _known(command: str) -> None:
     from visalign.explain import nearest
 
-    known = ["train", "check", "evaluate", "score", "export", "list", *LATER]
+    known = ["train", "check", "evaluate", "sample", "score", "export", "list", *LATER]
     if command not in known:
         raise UserError(f"no command {command!r}{nearest(command, known)}")
 
@@ -152,6 +167,30 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _sample(parsed: argparse.Namespace) -> int:
+    from visalign import gallery, prompts
+
+    if bool(parsed.texts) == bool(parsed.prompts):
+        raise UserError(
+            "no prompt given; name some, or --prompts FILE" if not parsed.texts else "--prompts: give prompts or a file, not both"
+        )
+    listed = prompts.load(parsed.prompts) if parsed.prompts else prompts.PromptSet(parsed.texts, [{} for _ in parsed.texts])
+    wanted = gallery.Wanted(
+        model=parsed.model,
+        rewards={name: section.model_dump() for name, section in _rewards(parsed.reward).items()},
+        judges={name: section.model_dump() for name, section in _rewards(parsed.judge, "--judge").items()},
+        method=parsed.method,
+        options=_pairs(parsed.option, "--option"),
+        budget=_pairs(parsed.budget, "--budget"),
+        n=parsed.n,
+        steps=parsed.steps,
+        guidance=parsed.guidance,
+        seed=parsed.seed,
+    )
+    print(gallery.fill(parsed.out, listed, wanted, parsed.device))
+    return 0
+
+
 def _score(parsed: argparse.Namespace) -> int:
     from visalign import api, prompts
 
@@ -170,11 +209,28 @@ def _score(parsed: argparse.Namespace) -> int:
 def _export(parsed: argparse.Namespace) -> int:
     from visalign import build
     from visalign.distributed import pick_device
+    from visalign.policy import interpolated
 
-    policy = build.restore(parsed.run, pick_device("cpu"))
+    device = pick_device("cpu")
+    policy = build.restore(parsed.run, device)
+    if parsed.blend:
+        other, share = _blend(parsed.blend)
+        policy.family.network.load_state_dict(interpolated(policy, build.restore(other, device), share))
     kind = build.export(policy, parsed.out, parsed.merge)
     print(f"{kind} of {parsed.run} → {parsed.out}")
     return 0
+
+
+def _blend(word: str) -> tuple[Path, float]:
+    """`RUN=SHARE`."""
+    run, _, number = word.rpartition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if not run or not 0 <= share <= 1:
+        raise UserError(f"--blend {word}: expected RUN=SHARE, such as runs/diverse=0.5, with a share from 0 to 1")
+    return Path(run), share
 
 
 def _list(parsed: argparse.Namespace) -> int:
@@ -183,7 +239,7 @@ def _list(parsed: argparse.Namespace) -> int:
     if parsed.kind == "schema":
         print(json.dumps(config.schema(), indent=2))
         return 0
-    for kind in [parsed.kind] if parsed.kind else ["rewards", "trainers", "families", "configs"]:
+    for kind in [parsed.kind] if parsed.kind else ["rewards", "trainers", "families", "steering", "configs"]:
         print(f"{kind}:")
         names = config.packaged() if kind == "configs" else registry.names(kind)
         for name in names:
@@ -192,14 +248,23 @@ def _list(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _rewards(words: Sequence[str]) -> dict[str, Any]:
+def _pairs(words: Sequence[str], flag: str) -> dict[str, Any]:
+    """`KEY=VALUE` words, the values read as YAML."""
+    from visalign.overrides import split
+
+    if wrong := [word for word in words if not word.partition("=")[1]]:
+        raise UserError(f"{flag} {wrong[0]!r}: expected KEY=VALUE")
+    return dict(split(word) for word in words)
+
+
+def _rewards(words: Sequence[str], flag: str = "--reward") -> dict[str, Any]:
     """`NAME[=WEIGHT]` words as reward sections."""
     from visalign.config import RewardSection, validate
 
     sections: dict[str, Any] = {}
     for word in words:
         name, sign, weight = word.partition("=")
-        sections[name] = validate(RewardSection, {"use": name} | ({"weight": weight} if sign else {}), f"--reward {name}")
+        sections[name] = validate(RewardSection, {"use": name} | ({"weight": weight} if sign else {}), f"{flag} {name}")
     return sections
 
 

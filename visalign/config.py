@@ -83,6 +83,7 @@ class EvalSection(Section):
     steps: Positive | None = None  # denoising steps; null: policy.steps
     guidance: float | None = None  # null: policy.guidance
     scan: list[float] = []  # guidance scales at which the base is judged once, to know its best
+    keep_best: str | None = None  # a judge: the checkpoint at which it was highest stays as RUN/best, which evaluate and export take
     batch: Positive = 64  # pictures per forward
     grid: Positive = 16  # pictures in the before/after grid
 

@@ -22,6 +22,7 @@ from visalign.config import Config as Recipe
 from visalign.config import Section, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
+from visalign.explain import nearest
 from visalign.losses import Loss
 from visalign.policy import Average, Policy
 from visalign.prompts import PromptSet
@@ -121,6 +122,10 @@ class Loop(Job):
     def examine(self, step: int, scan: bool) -> dict[str, float]:
         """Metrics `eval/NAME` of the learner as it is now; with `scan`, which is once, those of its start that take longer."""
 
+    def copies(self) -> dict[str, list[Tensor]]:
+        """Further values of the trainable weights, in their order, that belong into a checkpoint: name of a file -> tensors."""
+        return {}
+
     def watch(self, batch: Any, loss: Loss) -> None:
         """Told of every loss after its backward pass."""
         del batch, loss
@@ -138,6 +143,9 @@ class Loop(Job):
         done = self.read(Path(saved))[2]["step"] if saved else 0  # a checkpoint that can't be read is refused at once
         tracker = Tracker(folder, self.config.log, self.config.model_dump(mode="json"), done) if self.processes.main else None
         base = self.judge(0, scan=not saved)  # before the checkpoint is loaded: every grid shows the untrained model beside the trained
+        if (best := self.config.eval.keep_best) and f"eval/{best}" not in base:
+            known = [name.removeprefix("eval/") for name in base if name.startswith("eval/")]
+            raise UserError(f"eval.keep_best: evaluations have no figure {best!r}{nearest(best, known)}")
         if tracker and not done:
             tracker.log(0, base)
         if saved:
@@ -154,6 +162,8 @@ class Loop(Job):
                 tracker.log(step, row)
             if tracker and judged and (grid := self.grid(step)):
                 tracker.image(step, "before/after", grid)
+            if judged:
+                self.keep_best(step, row)
             if step % run.checkpoint_every == 0 or step == run.steps:
                 self.save(step)
         if tracker:
@@ -175,16 +185,19 @@ class Loop(Job):
         """One optimizer step on the mean of the batches' losses, over all processes."""
         total = sum(map(len, batches))
         sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}  # not every batch need have every metric
         for number, batch in enumerate(batches):
-            last, share = number == len(batches) - 1, len(batch) / total
+            last = number == len(batches) - 1
             with nullcontext() if last else self.processes.accelerator.no_sync(self.learner.network):
                 loss = self.loss(batch)
-                self.processes.accelerator.backward(loss.value * share)
+                self.processes.accelerator.backward(loss.value * (len(batch) / total))
             self.watch(batch, loss)
             for name, value in (loss.metrics | {"loss": loss.value.detach()}).items():
                 previous = sums.get(name, value.new_zeros(()))
-                sums[name] = torch.maximum(previous, value) if name.endswith("max_deviation") else previous + value * share
-        sums = {n: self.processes.max(v) if n.endswith("max_deviation") else self.processes.mean(v) for n, v in sums.items()}
+                sums[name] = torch.maximum(previous, value) if name.endswith("max_deviation") else previous + value * len(batch)
+                counts[name] = counts.get(name, 0) + len(batch)
+        most, mean = self.processes.max, self.processes.mean
+        sums = {name: most(value) if name.endswith("max_deviation") else mean(value / counts[name]) for name, value in sums.items()}
         if not sums["loss"].isfinite():
             raise NonFiniteError(
                 f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})"
@@ -220,22 +233,35 @@ class Loop(Job):
     def save(self, step: int) -> None:
         """Write a checkpoint; only the main process writes, the others wait."""
         if self.processes.main:
-            names = list(self.learner.named_trainable())
-            tensors: dict[str, dict[str, Tensor]] = {"trainable": {name: p.data for name, p in zip(names, self.parameters, strict=True)}}
-            if self.average:
-                tensors["average"] = dict(zip(names, self.average.values, strict=True))
-            tensors["rewards"] = {f"{a}/{n}": v for a, r in self.rewards.items() for n, v in r.state_dict().items()}
-            updates = self.average.updates if self.average else 0
-            state = {"updates": updates, "seed": self.config.run.seed, "processes": self.processes.count}
-            folder = self.config.run.path / "checkpoints"
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)
-            checkpoint.prune(folder, self.config.run.keep_checkpoints)
+            self._write(self.config.run.path / "checkpoints", step, self.config.run.keep_checkpoints, {})
         self.processes.wait()
+
+    def keep_best(self, step: int, row: dict[str, float]) -> None:
+        """Write a checkpoint as RUN/best where the figure that `eval.keep_best` names is higher than ever before."""
+        name, folder = self.config.eval.keep_best, self.config.run.path / "best"
+        if name is None or not self.processes.main:
+            return
+        score, known = row[f"eval/{name}"], checkpoint.newest(folder, step - 1)
+        if math.isfinite(score) and (known is None or score > checkpoint.load(known, [])[2]["score"]):
+            self._write(folder, step, 1, {"score": score})
+
+    def _write(self, folder: Path, step: int, keep: int, more: dict[str, Any]) -> None:
+        """A checkpoint of a step in `folder`, where the newest `keep` stay, with `more` in its state."""
+        names = list(self.learner.named_trainable())
+        tensors: dict[str, dict[str, Tensor]] = {"trainable": {name: p.data for name, p in zip(names, self.parameters, strict=True)}}
+        if self.average:
+            tensors["average"] = dict(zip(names, self.average.values, strict=True))
+        tensors |= {stem: dict(zip(names, values, strict=True)) for stem, values in self.copies().items()}
+        tensors["rewards"] = {f"{a}/{n}": v for a, r in self.rewards.items() for n, v in r.state_dict().items()}
+        updates = self.average.updates if self.average else 0
+        state = {"updates": updates, "seed": self.config.run.seed, "processes": self.processes.count} | more
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)
+        checkpoint.prune(folder, keep)
 
     def read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
         """(tensors, optimizer, state) of a checkpoint."""
-        return checkpoint.load(folder, ["trainable", "rewards", *(["average"] if self.average else [])])
+        return checkpoint.load(folder, ["trainable", "rewards", *(["average"] if self.average else []), *self.copies()])
 
     def load(self, folder: Path) -> int:
         """Go on from a checkpoint: weights, average, optimizer, rewards; the number of steps done."""
@@ -249,6 +275,9 @@ class Loop(Job):
             if self.average:
                 self.average.values = [tensors["average"][name].to(self.device) for name in names]
                 self.average.updates = state["updates"]
+            for stem, values in self.copies().items():
+                for name, value in zip(names, values, strict=True):
+                    value.copy_(tensors[stem][name])
         self.optimizer.load_state_dict(optimizer)
         for alias, reward in self.rewards.items():
             own = {n.partition("/")[2]: v for n, v in tensors["rewards"].items() if n.startswith(f"{alias}/")}

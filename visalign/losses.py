@@ -1,4 +1,4 @@
-"""The clipped policy loss, GRPO-Guard's ratio, the two penalties that keep a policy near its reference, and the loss of preferences.
+"""The clipped policy loss, GRPO-Guard's ratio, two penalties that keep a policy near its reference, PRDP's loss, and that of preferences.
 
 Densities are means over latent dimensions (`visalign.transitions`), so ratios are close to 1 and clip ranges are tiny: clipping is decided
 on the log-ratio, where float32 still tells 1e-6 from 2e-6. Nothing here waits for the accelerator: metrics are tensors.
@@ -69,17 +69,21 @@ def clipped_policy(
     kept = torch.where(above, highest, torch.where(below, lowest, log_ratio))
     terms = -advantage * kept.exp()
     value = (terms if weight is None else weight * terms).mean()
-    with torch.no_grad():
-        ratio = log_ratio.exp()
-        metrics = {
-            "ratio/mean": ratio.mean(),
-            "ratio/std": ratio.std(correction=0),
-            "ratio/max_deviation": log_ratio.expm1().abs().max(),
-            "clip/high": above.float().mean(),
-            "clip/low": below.float().mean(),
-            "kl/approximate": difference.square().mean() / 2,
-        }
-    return Loss(value, metrics, log_ratio.detach(), above | below)
+    return Loss(value, ratio_metrics(difference, log_ratio, above, below), log_ratio.detach(), above | below)
+
+
+@torch.no_grad()
+def ratio_metrics(difference: Tensor, log_ratio: Tensor, above: Tensor, below: Tensor) -> dict[str, Tensor]:
+    """What `clipped_policy` says of its ratios, from differences of log-probabilities, log r, and who is clipped from where, (B,) each."""
+    ratio = log_ratio.exp()
+    return {
+        "ratio/mean": ratio.mean(),
+        "ratio/std": ratio.std(correction=0),
+        "ratio/max_deviation": log_ratio.expm1().abs().max(),
+        "clip/high": above.float().mean(),
+        "clip/low": below.float().mean(),
+        "kl/approximate": difference.square().mean() / 2,
+    }
 
 
 def guard_log_ratio(noise: Tensor, delta: Tensor, kappa: Tensor) -> Tensor:
@@ -126,6 +130,59 @@ def per_step_summary(sums: Tensor) -> dict[str, Tensor]:
         "ratio/std": (square / count - mean.square()).clamp(min=0).sqrt(),
         "clip/fraction": clipped / count,
     }
+
+
+def reward_difference(
+    log_ratio: Tensor,
+    old: Tensor,
+    credit: Tensor,
+    weight: Tensor,
+    groups: Tensor,
+    answers: Tensor,
+    *,
+    beta: float,
+    clip_low: Tensor,
+    clip_high: Tensor,
+) -> Loss:
+    """PRDP (arXiv 2402.08714, Eqs. 14 and 18 to 21): in all pairs of a group, implicit rewards are to differ as rewards do.
+
+    A sample's implicit reward is β·Σ of its steps' log-ratios. A pair's error is e = Δcredit - β·Δ(Σ log_ratio), and e' the same with every
+    log-ratio cut to within the clip range about its old value; the loss is the mean of max(e², e'²) over a group's pairs, then over groups,
+    divided by 4·β·S. In the paper's terms, whose β' = β·S belongs to means over steps, that is its loss times β'/4. The factor gives the
+    gradient the size that policy gradients have: at log_ratio = old = 0 it is that of -mean of (reward - mean of the others')·log_ratio.
+
+    Args:
+        log_ratio: (N, S) log p_θ/p_ref of each transition, averaged over latent elements; gradients reach only this.
+        old: (N, S) the same of the policy that the clip holds on to.
+        credit: (N, C) in any unit: the reward (C = 1), or what the steps earned; only differences within a group count.
+        weight: (N, C) ≥ 0: a pair counts as much as the product of its members' says; 0 where there is no valid credit.
+        groups: (N,) int64.
+        answers: (C, S) 0 or 1: the steps whose implicit rewards add up to a column of credit; all ones for the reward.
+        beta: β > 0, weight of the KL per latent element, in the unit of credit.
+        clip_low, clip_high: (S,) or broadcast to it, ≥ 0.
+
+    Returns:
+        The loss () float64 with metrics error (root of the mean e², in the unit of credit), explained (1 - Σe²/ΣΔcredit²: 1 at the optimum)
+        and clip/pairs (the share of pairs in which e'² is the larger).
+    """
+    log_ratio, old = log_ratio.double(), old.double()
+    cut = old + (log_ratio - old).clamp(-clip_low.double(), clip_high.double())
+    same = groups[:, None] == groups
+    a, b = same.triu(1).nonzero().unbind(1)
+    members, count = same.double() @ (weight > 0).double(), (1 / same.sum(1, dtype=torch.float64)).sum()  # valid ones; groups
+    pairs = (members * (members - 1) / 2).clamp(min=1)
+    share = weight.double()[a] * weight.double()[b] / (pairs[a] * count)
+    wanted = credit.double()[a] - credit.double()[b]
+    free, held = (wanted - beta * (said[a] - said[b]) @ answers.to(said).T for said in (log_ratio, cut))
+    value = (share * torch.maximum(free.square(), held.square())).sum() / (4 * beta * answers.sum())
+    with torch.no_grad():
+        error, total = (share * free.square()).sum(), (share * wanted.square()).sum()
+        metrics = {
+            "error": (error / share.sum().clamp(min=1e-12)).sqrt(),
+            "explained": torch.where(total > 0, 1 - error / total.clamp(min=1e-300), 0.0),
+            "clip/pairs": (share * (held.abs() > free.abs() * (1 + 1e-9))).sum() / share.sum().clamp(min=1e-12),
+        }
+    return Loss(value, metrics)
 
 
 def bradley_terry(difference: Tensor, tied: Tensor | None = None, tie_odds: float = 1.0) -> Tensor:

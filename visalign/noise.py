@@ -6,7 +6,7 @@ Splitting a batch, adding ranks or resuming therefore changes no picture, which 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +39,18 @@ def gaussian(
         ids: (N,) int64, one per row; equal ids get equal rows.
         stream: tells the draws for one id apart: "initial", the number of a step, …
     """
+    return _rows(torch.randn, shape, seed, ids, stream).to(device, dtype)
+
+
+def uniform(shape: Sequence[int], seed: int, ids: Tensor, stream: int | str, device: torch.device | str = "cpu") -> Tensor:
+    """Rows (N, *shape) of float32 in [0, 1); arguments as in `gaussian`."""
+    return _rows(torch.rand, shape, seed, ids, stream).to(device)
+
+
+def _rows(draw: Callable[..., Tensor], shape: Sequence[int], seed: int, ids: Tensor, stream: int | str) -> Tensor:
     rows = torch.empty(len(ids), *shape)
     generator = torch.Generator()
     for row, name in zip(rows, ids.cpu(), strict=True):
         generator.manual_seed(seed_for(seed, int(name), stream))
-        torch.randn(tuple(shape), generator=generator, out=row)
-    return rows.to(device, dtype)
+        draw(tuple(shape), generator=generator, out=row)
+    return rows

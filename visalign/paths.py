@@ -127,3 +127,15 @@ def mix(path: Path, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     clean, noise = wide(clean), wide(noise)
     alpha, sigma = path.coefficients(t.double())
     return expand(alpha.to(clean), clean) * clean + expand(sigma.to(clean), clean) * noise
+
+
+def renoise(path: Path, x: Tensor, t: Tensor, t_back: Tensor, noise: Tensor) -> Tensor:
+    """x (N, ...) at `t` taken back to the noisier `t_back`, (N,) or () each, by the forward process: (α'/α)·x + √(σ'² - (α'σ/α)²)·noise.
+
+    Where x is clean, this is `mix`; where α' = 0, it is pure noise.
+    """
+    x, noise = wide(x), wide(noise)
+    (alpha, sigma), (alpha_back, sigma_back) = (path.coefficients(time.double()) for time in (t, t_back))
+    keep = alpha_back / alpha
+    fresh = (sigma_back.square() - (keep * sigma).square()).clamp(min=0).sqrt()
+    return expand(keep.to(x), x) * x + expand(fresh.to(x), x) * noise

@@ -56,6 +56,15 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """(N, ...) latents to (N, 3, H, W) pictures in [0, 1]; differentiable."""
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) pictures in [0, 1] to (N, ...) clean latents; pictures of another size are scaled and their middle is cut out.
+
+        Raises:
+            UserError: this family can't.
+        """
+        del images
+        raise UserError(f"{type(self).__name__} has no way from given pictures to latents; train on pictures that the policy draws instead")
+
     def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
         """The wrapped pipeline's own pictures (N, 3, H, W) in [0, 1] from the same initial noise."""
         raise NotImplementedError(f"{type(self).__name__} wraps no stock pipeline")
@@ -151,6 +160,14 @@ class Policy:
         for name, parameter in weights.items():
             parameter.requires_grad_(not parts or any(part in name for part in parts))
 
+    def merge(self) -> None:
+        """Add the adapter to the weights that it wraps, for good; without one nothing happens."""
+        if self.lora:
+            network: Any = self.family.network
+            network.fuse_lora()
+            network.unload_lora()
+            self.lora = False
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, a third more time."""
         network: Any = self.family.network
@@ -167,6 +184,11 @@ class Policy:
         """Remember the weights as they are now, as the reference; with LoRA nothing needs to be kept."""
         if not self.lora:
             self._base = [p.detach().clone() for p in self.trainable()]
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` can be entered."""
+        return self.lora or self._base is not None
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -185,29 +207,39 @@ class Policy:
                 yield
 
 
-class Average:
+class Snapshot:
+    """Other values of the trainable weights: a policy of before, which may follow the current one."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def follow(self, keep: float = 0.0) -> None:
+        """Move to keep·own + (1 - keep)·current weights; 0 copies them."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter.detach(), 1 - keep)
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """These weights in place of the current ones."""
+        with swapped(self.parameters, self.values):
+            yield
+
+
+class Average(Snapshot):
     """Exponential moving average of the trainable weights, for rollouts, evaluation and export.
 
     The decay warms up, min(decay, (1 + n) / (10 + n)), and `update` is called once per optimizer step.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
-        self.parameters, self.decay = list(parameters), decay
-        self.values = [p.detach().clone() for p in self.parameters]
-        self.updates = 0
+        super().__init__(parameters)
+        self.decay, self.updates = decay, 0
 
-    @torch.no_grad()
     def update(self) -> None:
-        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.follow(min(self.decay, (1 + self.updates) / (10 + self.updates)))
         self.updates += 1
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            value.lerp_(parameter.detach(), 1 - keep)
-
-    @contextmanager
-    def weights(self) -> Iterator[None]:
-        """The averaged weights in place of the current ones."""
-        with swapped(self.parameters, self.values):
-            yield
 
 
 @contextmanager
@@ -221,3 +253,21 @@ def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
     finally:
         for parameter, value in zip(parameters, current, strict=True):
             parameter.data = value
+
+
+@torch.no_grad()
+def interpolated(first: Policy, second: Policy, share: float) -> dict[str, Tensor]:
+    """Weights (1 - share)·first + share·second of the networks, for `load_state_dict`, to trade what one was trained for against the other.
+
+    As in diversity-rewarded CFG distillation (arXiv 2410.06084). 0 and 1 are the ends to the bit. Adapters are merged first, in both: the
+    product of averaged factors is not the average of the products.
+
+    Raises:
+        UserError: the networks are not alike.
+    """
+    first.merge()
+    second.merge()
+    here, there = (policy.family.network.state_dict() for policy in (first, second))
+    if {name: value.shape for name, value in here.items()} != {name: value.shape for name, value in there.items()}:
+        raise UserError(f"{first.name} and {second.name} have other networks; only weights of one architecture can be interpolated")
+    return {name: value.lerp(there[name].to(value), share) if value.is_floating_point() else value for name, value in here.items()}

@@ -1,6 +1,6 @@
-"""Plug-ins by file name: `rewards/NAME.py`, `trainers/NAME.py`, `families/NAME.py`; `package.module:Class` loads a user's own.
+"""Plug-ins by file name: `rewards/NAME.py`, `trainers/NAME.py`, and in visalign/ `families/NAME.py` and `steering/NAME.py`.
 
-The only module that imports plug-ins. There is no list to edit: a file is its entry.
+`package.module:Class` loads a user's own. The only module that imports plug-ins. There is no list to edit: a file is its entry.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from visalign.explain import nearest
 from visalign.policy import PRECISIONS, Family, Policy
 from visalign.scoring import Panel, Reward
 
-KINDS = ("rewards", "trainers", "families")
+KINDS = {"rewards": "reward", "trainers": "trainer", "families": "family", "steering": "sampling method"}  # folder -> one of them
 TOYBOX_PARTS = {  # what `checkpoint: auto` means on the toybox
     "toybox/clip": ("clip_score", "hps", "lambda_harmonic", "pickscore"),
     "toybox/dino": ("adversarial", "dino", "diversity"),
@@ -45,15 +45,16 @@ def load(kind: str, name: str) -> type[Any]:
     """The class of a plug-in.
 
     Args:
-        kind: "rewards", "trainers" or "families".
+        kind: "rewards", "trainers", "families" or "steering".
         name: a file stem, or `package.module:Class`.
 
     Raises:
         UserError: no such plug-in; the message names the nearest one.
     """
+    from visalign.guiding import Method
     from visalign.loop import Job
 
-    base = {"rewards": Reward, "trainers": Job, "families": Family}[kind]
+    base = {"rewards": Reward, "trainers": Job, "families": Family, "steering": Method}[kind]
     module_name, _, class_name = name.partition(":")
     if class_name:
         if os.getcwd() not in sys.path:
@@ -66,7 +67,7 @@ def load(kind: str, name: str) -> type[Any]:
             raise UserError(f"{name} is no subclass of visalign's {base.__name__}")
         return found
     if name not in names(kind):
-        raise UserError(f"no {kind[:-1].replace('ie', 'y')} named {name!r}{nearest(name, names(kind))}")
+        raise UserError(f"no {KINDS[kind]} named {name!r}{nearest(name, names(kind))}")
     module = import_module(f"visalign.{kind}.{name}")
     classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module.__name__]
     if len(classes) != 1:
@@ -228,6 +229,18 @@ def _check(sections: dict[str, RewardSection]) -> None:
         parts = members(kind, section.options, path)
         _check(parts)
         checked(kind, section.options, path, built=("of",) if parts else ())
+
+
+def without_gradient(rewards: dict[str, RewardSection], where: str = "rewards") -> str | None:
+    """The first reward with a weight, at any depth, known to have no gradient before anything is loaded, as `WHERE.ALIAS (NAME)`."""
+    for path, section in {f"{where}.{alias}": section for alias, section in rewards.items() if section.weight}.items():
+        kind = load("rewards", section.use)
+        if kind.gradient_with(section.options) is False:
+            return f"{path} ({section.use})"
+        inner = {p.removeprefix(f"{path}."): part for p, part in members(kind, section.options, path).items()}
+        if found := without_gradient(inner, path):
+            return found
+    return None
 
 
 def resolved(rewards: dict[str, RewardSection], model: str | None) -> dict[str, RewardSection]:

@@ -216,6 +216,8 @@ class Rollout:
             condition=self.condition.take(rows),
             first=first,
             start=start,
+            row=rows,
+            column=columns,
             prediction=None if trajectory.predictions is None else trajectory.predictions[rows, before],
         )
 
@@ -233,6 +235,7 @@ class Minibatch:
         condition: B rows.
         first: (V,) int64, a transition that leaves each state; repeats at the end only make up the rollout's batch shape.
         start: (B,) int64 in [0, V), the state that each transition leaves.
+        row, column: (B,) int64, the sample and the recorded step that each transition is.
         prediction: (B, ...) of the policy that drew them, where the rollout kept it.
     """
 
@@ -246,7 +249,48 @@ class Minibatch:
     condition: Condition
     first: Tensor
     start: Tensor
+    row: Tensor
+    column: Tensor
     prediction: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards with a backward that its loss takes."""
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Clean latents mixed with noise, for losses on the forward process: of U samples, or of U pairs that share time and noise.
+
+    Attributes:
+        x: (B, ...) float32 mixtures; B = U, or 2·U with the first members of all pairs before the second ones.
+        clean, target: (B, ...) float32 the latents, and what the network should say of the mixtures.
+        time: (B,) of the model's path.
+        condition: B rows.
+        credit: (U,) float32 what credit says of each sample or pair.
+        weight: (U,) float32 of each in the mean; 0 for one that is there to keep processes in step.
+    """
+
+    x: Tensor
+    clean: Tensor
+    target: Tensor
+    time: Tensor
+    condition: Condition
+    credit: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards with a backward that its loss takes."""
+        return len(self.x)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Weighted mean () of the samples' or pairs' values (U,)."""
+        return (self.weight * values).mean()

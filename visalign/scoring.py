@@ -126,6 +126,13 @@ class Reward(ABC):
 
     spec: RewardSpec
 
+    @classmethod
+    def gradient_with(cls, options: Mapping[str, Any]) -> bool | None:
+        """Whether scores will carry gradients with these options, as far as that is known before anything is loaded; None: it isn't."""
+        del options
+        spec = getattr(cls, "spec", None)
+        return spec.differentiable if isinstance(spec, RewardSpec) else None
+
     @abstractmethod
     def score(self, batch: RewardInput) -> RewardOutput:
         """Score N inputs: (N,) float32. Must not depend on how the inputs are batched (except within groups, for group scope)."""

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from visalign.loop import Defaults, Loop, NonFiniteError, Session
 from visalign.losses import Loss, per_step_statistics, per_step_summary
 from visalign.noise import seed_for
 from visalign.patience import Patience
-from visalign.rollout import Condition, Minibatch, Prompts, Rollout, Trajectory
+from visalign.rollout import Condition, Prompts, Rollout, Trajectory
 from visalign.scoring import RewardInput
 
 __all__ = ["Defaults", "NonFiniteError", "Session", "Trainer"]
@@ -74,8 +74,8 @@ class Trainer(Loop):
         """Advantages (N, S): one number per sample and recorded step."""
 
     @abstractmethod
-    def loss(self, batch: Minibatch) -> Loss:
-        """Loss of some transitions, averaged over them."""
+    def loss(self, batch: Any) -> Loss:
+        """Loss of some transitions (`Minibatch`), or of some noised latents (`Noised`), averaged over them."""
 
     # --- a step --------------------------------------------------------------------------------------------------------
 
@@ -105,19 +105,20 @@ class Trainer(Loop):
         """Every update of a rollout: replay, loss, gradient, optimizer, average."""
         totals: dict[str, Tensor] = {}
         self.by_step = torch.zeros(4, self.config.policy.steps, dtype=torch.float64, device=self.device)
-        rate, trained = self.set_learning_rate(step), 0
-        for number, batches in enumerate(self.minibatches(rollout, step)):
+        rate, trained, updates = self.set_learning_rate(step), 0, 0
+        for batches in self.minibatches(rollout, step):
             metrics = self.update(batches)
-            trained += sum(len(batch.first) for batch in batches)
-            if number:  # only before the first update does the ratio measure how exact the replay is
+            trained += sum(batch.forwards for batch in batches)
+            if updates:  # only before the first update does the ratio measure how exact the replay is
                 metrics.pop("ratio/max_deviation", None)
+            updates += 1
             for name, value in metrics.items():
-                share = 1 if name == "ratio/max_deviation" else self.settings.updates
-                totals[name] = totals.get(name, value.new_zeros(())) + value / share
-        metrics = {name: value.item() for name, value in totals.items()} | self._describe_steps(rollout)
+                totals[name] = totals.get(name, value.new_zeros(())) + value
+        means = {name: value / (1 if name == "ratio/max_deviation" else updates) for name, value in totals.items()}
+        metrics = {name: value.item() for name, value in means.items()} | self.describe(rollout)
         return metrics | {"lr": rate, "nfe_backward": trained / len(rollout.prompts)}
 
-    def _describe_steps(self, rollout: Rollout) -> dict[str, float]:
+    def describe(self, rollout: Rollout) -> dict[str, float]:
         """For every denoising step that was trained: its ratio, its clip fraction and the mean size of its credit."""
         steps = rollout.trajectory.steps
         assert rollout.advantages is not None
@@ -128,7 +129,7 @@ class Trainer(Loop):
         found = per_step_summary(self.processes.sum(self.by_step)) | {"credit/size": credit / count}
         return {f"{name}/{j}": value for name, values in found.items() for j, value in enumerate(values.tolist()) if math.isfinite(value)}
 
-    def watch(self, batch: Minibatch, loss: Loss) -> None:
+    def watch(self, batch: Any, loss: Loss) -> None:
         if loss.log_ratio is not None and loss.clipped is not None:
             self.by_step += per_step_statistics(loss.log_ratio, loss.clipped, batch.step, self.by_step.shape[1])
 
@@ -136,7 +137,7 @@ class Trainer(Loop):
         """(N, S) bool: the transitions to train. Here all of them, each edge of a tree once."""
         return rollout.trajectory.distinct()
 
-    def minibatches(self, rollout: Rollout, step: int) -> Iterator[list[Minibatch]]:
+    def minibatches(self, rollout: Rollout, step: int) -> Iterator[list[Any]]:
         """For each update the micro-batches it averages: the chosen transitions, timestep by timestep."""
         shape = self.settings.micro_batch, self.settings.stacked_timesteps, self.policy.precision != "fp32"
         chosen = self.select(rollout, step).to(self.device)
@@ -182,12 +183,17 @@ class Trainer(Loop):
         own = settings.prompts // world * settings.group_size
         if settings.group_size < 2 and self.compares:
             raise UserError("trainer.group_size=1: a group of one has nothing to be compared with; use 2 or more")
+        self.check_batches(own)
+        if self.policy.family.step_distilled and self.invalid_for_distilled:
+            raise UserError(
+                f"{self.config.trainer.name} trains on the forward process, which is invalid for the step-distilled {self.policy.name}"
+            )
+
+    def check_batches(self, own: int) -> None:
+        """Refuse a geometry that doesn't split a process's `own` pictures into equal micro-batches: a replay needs the rollout's shape."""
+        settings = self.settings
         if own % (settings.updates * min(settings.micro_batch, own)):
             raise UserError(
                 f"trainer.micro_batch={settings.micro_batch} × trainer.updates={settings.updates} must divide the "
                 f"{own} pictures of a process (trainer.prompts × trainer.group_size / processes)"
-            )
-        if self.policy.family.step_distilled and self.invalid_for_distilled:
-            raise UserError(
-                f"{self.config.trainer.name} trains on the forward process, which is invalid for the step-distilled {self.policy.name}"
             )

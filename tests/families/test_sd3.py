@@ -13,6 +13,7 @@ from visalign.noise import gaussian
 from visalign.policy import Policy
 from visalign.rollout import Prompts
 from visalign.sampling import pictures
+from visalign.toybox import styles
 
 TEXTS = ["two red circles", "a star left of a ring"]
 
@@ -80,6 +81,21 @@ def test_decode_is_differentiable_and_bounded(policy: Policy) -> None:
     assert latents.grad is not None
     assert latents.grad.abs().sum() > 0
     assert 0 <= images.min() <= images.max() <= 1
+
+
+def test_encoded_pictures_decode_to_themselves_whatever_their_size() -> None:
+    policy = registry.load_policy("toybox", max_sequence_length=10)
+    scenes = styles.drawn("two red circles", {}, 2)
+    latents = policy.family.encode_images(scenes)
+    assert latents.shape == (2, *policy.family.latent_shape)
+    assert 0.5 < latents.std() < 2, "of the scale that the network knows"
+    assert (policy.family.decode(latents) - scenes).abs().mean() < 0.01
+    larger = torch.nn.functional.interpolate(scenes, scale_factor=2.0, mode="bicubic", antialias=True).clamp(0, 1)
+    padded = torch.nn.functional.pad(larger, (8, 8))  # its middle is what counts
+    assert (policy.family.decode(policy.family.encode_images(padded)) - scenes).abs().mean() < 0.02
+    pipeline = policy.family.pipeline  # pyright: ignore[reportAttributeAccessIssue]
+    stock = pipeline.vae.encode(scenes * 2 - 1).latent_dist.mean
+    assert torch.allclose(latents, (stock - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor, atol=1e-4)
 
 
 def test_unconditional_half_of_guidance_carries_no_gradient(policy: Policy) -> None:

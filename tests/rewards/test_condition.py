@@ -71,6 +71,15 @@ def test_the_condition_itself_scores_best(tmp_path: Path, pictures: torch.Tensor
     assert (slope[1:].flatten(1).norm(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["edges", "colours"])
+def test_the_error_is_the_mean_of_its_map(pictures: torch.Tensor, kind: str) -> None:
+    reward = Condition(kind, form="error")  # pyright: ignore[reportArgumentType]
+    output = scored(reward, pictures, [pictures[0]] * 4)
+    torch.testing.assert_close(output.scores, output.dense.mean((1, 2)))
+    assert output.scores.argmax() == 0
+    assert reward.spec.range == (-1.0, 0.0)
+
+
 def test_colours_are_those_of_the_world(pictures: torch.Tensor) -> None:
     shares = colours(pictures).exp()
     torch.testing.assert_close(shares.sum(1), torch.ones(4, 64, 64))

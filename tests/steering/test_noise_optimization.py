@@ -19,7 +19,7 @@ from visalign.policy import Policy
 from visalign.rollout import Prompts
 from visalign.sampling import pictures
 from visalign.scoring import Panel, Reward, RewardInput, RewardOutput, RewardSpec
-from visalign.steering.noise_optimization import NoiseOptimization, Settings, State, clipped, langevin
+from visalign.steering.noise_optimization import Search, Settings, State, clipped, langevin
 
 STEPS = 4
 TARGET = torch.tensor([2.0, 1.0])
@@ -42,10 +42,10 @@ class Widest(Reward):
         raise AssertionError("never asked")
 
 
-def search(reward: Reward | None = None, world: str = "gaussian", **changes: Any) -> NoiseOptimization:
+def search(reward: Reward | None = None, world: str = "gaussian", **changes: Any) -> Search:
     policy = Policy(Toy(world, steps=STEPS), name=f"toy:{world}")
     plain = {"length": 0.0, "max_grad_norm": None, "lr": 2.0, "momentum": 0.0, "iterations": 25}
-    return NoiseOptimization(policy, Panel({"close": (reward or Closeness(), 1.0)}), Settings(**plain | changes), steps=STEPS, seed=3)
+    return Search(policy, Panel({"close": (reward or Closeness(), 1.0)}), Settings(**plain | changes), steps=STEPS, seed=3)
 
 
 def last(states: Iterable[State]) -> State:
@@ -163,9 +163,9 @@ def test_what_cannot_be_climbed_is_refused() -> None:
         search(Widest())
     policy = Policy(Toy("gaussian"))
     with pytest.raises(UserError, match="none has a weight"):
-        NoiseOptimization(policy, Panel({"close": (Closeness(), 0.0)}), Settings(), steps=1)
+        Search(policy, Panel({"close": (Closeness(), 0.0)}), Settings(), steps=1)
     mixed = Panel({"close": (Closeness(), 1.0), "seen": (Verdict(), 0.0)})
-    state = last(NoiseOptimization(policy, mixed, Settings(iterations=2), steps=1)(prompts(2)))
+    state = last(Search(policy, mixed, Settings(iterations=2), steps=1)(prompts(2)))
     assert set(state.best.scores) == {"close", "seen", "total"}, "without a weight a reward is only watched"
 
 

@@ -35,6 +35,14 @@ def test_a_style_is_the_same_scenes_in_other_colours() -> None:
             assert torch.dist(torch.tensor(colour).float(), torch.tensor(style.ground).float()) >= 70
 
 
+def test_a_subject_is_a_shape_of_its_own() -> None:
+    plain, sparkle = (styles.drawn("a red star and a blue ring", {}, 3, style=style) for style in ("plain", "sparkle"))
+    changed = (plain != sparkle).any(1)
+    ring = (plain[:, 2] > 0.7) & (plain[:, 0] < 0.3)
+    assert 0 < changed.float().mean() < 0.08
+    assert not (changed & ring).any(), "only the star is another one"
+
+
 def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(UserError, match="a dog"):
         styles.drawn("a dog", {}, 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from visalign.paths import Flow
 from visalign.policy import Family
+from visalign.preprocess import Preprocess
 from visalign.rollout import Condition
 
 
@@ -107,6 +108,14 @@ class SD3(Family):
         vae = self.pipeline.vae
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(latents.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        height, width = (side * self.pipeline.vae_scale_factor for side in self.latent_shape[1:])
+        pixels = Preprocess((height, width), (0.5,) * 3, (0.5,) * 3)(images)  # to [-1, 1]
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()  # the mean: no noise that a resumed run would have to repeat
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()
     def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float) -> Tensor:

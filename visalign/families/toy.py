@@ -83,6 +83,9 @@ class Toy(Family):
         flat = latents / SPAN + 0.5
         return torch.cat([flat, torch.full_like(flat[:, :1], 0.5)], 1)[:, :, None, None].expand(-1, -1, 16, 16)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        return self.points(images)
+
     @staticmethod
     def points(images: Tensor) -> Tensor:
         """(N, 2) coordinates back from `decode`'s pictures."""
@@ -98,7 +101,7 @@ class Toy(Family):
         t, t_next = grid[:-1], grid[1:]
         step = dynamics(self.path, t, t_next)
         last = torch.arange(len(t)) == len(t) - 1
-        a, c, std = step.a, torch.where(last, t_next, step.c), torch.where(last, 0.0, step.std)
+        a, c, std = step.a, torch.where(last, self.path.coefficients(t_next)[1], step.c), torch.where(last, 0.0, step.std)
         x = torch.zeros(len(t), 2, dtype=torch.float64)
         base = self.toy.double().base
         offset, slope = base(x, t), (base(x + 1, t) - base(x, t))[:, 0]

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from visalign.backprop import denoise
+from visalign import findings
+from visalign.climbing import Spent, check, look
 from visalign.config import Above, AtLeastZero, Fraction, Positive, Section
-from visalign.errors import UserError
+from visalign.guiding import Method
 from visalign.noise import gaussian, seed_for
 from visalign.paths import expand
 from visalign.policy import Policy
 from visalign.rollout import Condition, Prompts
-from visalign.scoring import Panel, RewardInput, Scores
+from visalign.scoring import Panel
+from visalign.tasks import Task
 from visalign.whiteness import describe, length_energy, whiteness_energy
 
 
@@ -51,13 +53,14 @@ class Found:
 
     Attributes:
         iteration: (N,) int64, when each was seen.
-        noise: (N, ...).
+        noise, latents: (N, ...), the latter clean.
         images: (N, 3, H, W) in [0, 1].
         scores: reward name -> (N,), with "total"; NaN where a score failed.
     """
 
     iteration: Tensor
     noise: Tensor
+    latents: Tensor
     images: Tensor
     scores: dict[str, Tensor]
 
@@ -68,29 +71,10 @@ class Found:
         return Found(
             pick(self.iteration, other.iteration),
             pick(self.noise, other.noise),
+            pick(self.latents, other.latents),
             pick(self.images, other.images),
             {name: pick(score, other.scores[name]) for name, score in self.scores.items()},
         )
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Per picture: `nfe` denoiser forwards, `nfe_backward` backward passes, `reward_calls` pictures scored."""
-
-    nfe: float = 0.0
-    nfe_backward: float = 0.0
-    reward_calls: float = 0.0
-
-
-@dataclass(frozen=True)
-class Look:
-    """What `look` sees: clean `latents` (N, ...), `images` (N, 3, H, W), `scores`, the `gradient` (N, ...) by the noise, and the cost."""
-
-    latents: Tensor
-    images: Tensor
-    scores: Scores
-    gradient: Tensor
-    spent: Spent
 
 
 @dataclass(frozen=True)
@@ -113,7 +97,7 @@ class State:
     spent: Spent
 
 
-class NoiseOptimization:
+class Search:
     """A search over the initial noise, ready for any prompts.
 
     Args:
@@ -141,10 +125,10 @@ class NoiseOptimization:
         for iteration in range(settings.iterations):
             climbs = iteration + 1 < settings.iterations
             now, gradient, paid = self._look(x, prompts, condition, iteration, climbs and settings.gradient == "exact")
-            best, spent = best.better(now) if best else now, _sum(spent, paid)
+            best, spent = best.better(now) if best else now, spent + paid
             if climbs and settings.gradient == "antithetic":
                 gradient, seen, paid = self._estimate(x, prompts, condition, iteration)
-                best, spent = best.better(seen), _sum(spent, paid)
+                best, spent = best.better(seen), spent + paid
             steepness = gradient.flatten(1).norm(dim=1) if climbs else torch.full_like(now.scores["total"], math.nan)
             yield State(iteration, now, best, describe(x) | {"gradient": steepness}, spent)
             if climbs:
@@ -158,7 +142,7 @@ class NoiseOptimization:
         seen = look(self.policy, self.rewards, x, prompts, condition, **chain)
         scores = {name: values.detach().to(x.device) for name, values in seen.scores.by_name().items()}
         when = torch.full((len(x),), iteration, device=x.device)
-        return Found(when, x.detach().clone(), seen.images, scores), seen.gradient, seen.spent
+        return Found(when, x.detach().clone(), seen.latents, seen.images, scores), seen.gradient, seen.spent
 
     def _estimate(self, x: Tensor, prompts: Prompts, condition: Condition, iteration: int) -> tuple[Tensor, Found, Spent]:
         """Σ (r(ε⁺) - r(ε⁻))·u / (2 ϱ K) over K pairs ε± = √(1 - ϱ²)·ε ± ϱ·u with u ~ N(0, I), (N, ...), and the best of the pairs.
@@ -172,7 +156,7 @@ class NoiseOptimization:
             totals: list[Tensor] = []
             for sign in (1, -1):
                 found, _, paid = self._look(math.sqrt(1 - radius**2) * x + sign * radius * way, prompts, condition, iteration, exact=False)
-                best, spent = best.better(found) if best else found, _sum(spent, paid)
+                best, spent = best.better(found) if best else found, spent + paid
                 totals.append(found.scores["total"])
             slope = ((totals[0] - totals[1]) / (2 * radius)).nan_to_num(0.0)
             gradient += expand(slope, way) * way / settings.pairs
@@ -211,48 +195,6 @@ class NoiseOptimization:
             return torch.autograd.grad(energy.sum(), noise)[0]
 
 
-def look(
-    policy: Policy, rewards: Panel, x: Tensor, prompts: Prompts, condition: Condition, *, steps: int, guidance: float, slope: bool
-) -> Look:
-    """Draw from noises x (N, ...), score, and if `slope` differentiate the total by x, times the weight that rewards give themselves.
-
-    The gradient is 0 where a score, or it, failed.
-    """
-    before = policy.nfe
-    with torch.set_grad_enabled(slope):
-        noise = x.detach().clone().requires_grad_(slope)
-        final = denoise(policy, noise, condition, steps=steps, guidance=guidance, checkpointing=steps > 1)
-        images = policy.family.decode(final)
-        scores = rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups))
-        total = torch.where(scores.valid, scores.total, 0.0).sum()
-        gradient = torch.autograd.grad(total, noise)[0] if slope else torch.zeros_like(x)
-    if scores.weight is not None:
-        gradient = gradient * expand(scores.weight.detach().nan_to_num(0.0).to(gradient), gradient)
-    gradient = torch.where(expand(gradient.flatten(1).isfinite().all(1), gradient), gradient, 0.0)
-    backwards = steps * (1 if guidance == 1.0 else 2) if slope else 0
-    return Look(final.detach(), images.detach(), scores, gradient, Spent((policy.nfe - before) / len(x), backwards, 1.0))
-
-
-def check(rewards: Panel, exact: bool, otherwise: str) -> None:
-    """Refuse rewards that can't be climbed.
-
-    Args:
-        exact: whether each needs a gradient.
-        otherwise: what to do about one that has none.
-
-    Raises:
-        UserError: see `NoiseOptimization`.
-    """
-    if not any(rewards.weights.values()):
-        raise UserError("rewards: none has a weight, so there is nothing to optimise noise for; give at least one")
-    for alias, reward in rewards.rewards.items():
-        spec, climbed = reward.spec, rewards.weights[alias] != 0
-        if climbed and spec.scope != "point":
-            raise UserError(f"rewards.{alias}: {spec.name} compares pictures with one another, but every noise is judged by itself")
-        if climbed and exact and not spec.differentiable:
-            raise UserError(f"rewards.{alias}: {spec.name} has no gradient to climb; {otherwise}")
-
-
 def clipped(gradient: Tensor, longest: float | None) -> Tensor:
     """Rows (N, ...) of a length of at most `longest`; None leaves them."""
     if longest is None:
@@ -271,5 +213,36 @@ def langevin(x: Tensor, drift: Tensor, fresh: Tensor, refresh: float) -> Tensor:
     return keep * x + (1 - keep) * drift + math.sqrt(refresh) * fresh
 
 
-def _sum(spent: Spent, more: Spent) -> Spent:
-    return replace(spent, **{name: getattr(spent, name) + value for name, value in vars(more).items()})
+class NoiseOptimization(Method):
+    """ε ← ε + step(∇_ε [r(g(ε)) - K(ε)]) from the plain sample's noise, for generators of one or a few steps; the best picture seen."""
+
+    class Config(Settings):
+        iterations: Positive | None = None  # pyright: ignore[reportIncompatibleVariableOverride] -- null: what the budget pays, 50 without one
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.settings.gradient == "exact"
+
+    def run(self, task: Task) -> Iterator[findings.State]:
+        assert task.panel is not None
+        settings = Settings(**(self.settings.model_dump() | {"iterations": self.iterations(task)}))
+        searches = [
+            Search(task.policy, task.panel, settings, steps=task.steps, guidance=task.guidance, seed=task.seed)(task.prompts.take(rows))
+            for rows in task.rows().split(task.batch)
+        ]
+        found = lambda parts: findings.Found.join([findings.Found(p.latents, p.images, p.scores) for p in parts])  # noqa: E731
+        for states in zip(*searches, strict=True):
+            now = found([s.now for s in states])
+            spent = [(s.spent, len(s.now.noise)) for s in states]
+            task.backwards = round(sum(s.nfe_backward * n for s, n in spent))
+            task.scored = round(sum(s.reward_calls * n for s, n in spent))
+            task.keep(found([s.best for s in states]))
+            yield task.state(states[0].iteration + 1, settings.iterations, now.latents, **now.figures)
+
+    def iterations(self, task: Task) -> int:
+        """As many as are asked for, or the budget pays for: each but the last takes a gradient."""
+        settings = self.settings
+        exact = 2 + (task.steps > 1)  # a backward counts two forwards, and checkpointing takes one more
+        forwards, calls = (exact, 0) if self.needs_gradient else (2 * settings.pairs, 2 * settings.pairs)
+        more = task.affordable((1 + forwards) * task.evaluation, 1 + calls, 49, besides=(task.evaluation, 1))
+        return 1 + (more if settings.iterations is None else min(more, settings.iterations - 1))

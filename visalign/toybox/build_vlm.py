@@ -157,7 +157,8 @@ def train(name: str, size: Size, pictures: Pictures, work: Path, device: torch.d
     tower = model.model.vision_tower
     if CLIPVisionConfig.from_pretrained(clip).hidden_size == size.vision:
         tower.load_state_dict(CLIPVisionModel.from_pretrained(clip).state_dict())
-    nn.Module.to(model, device), seer.to(device)
+    nn.Module.to(model, device)
+    seer.to(device)
     parameters = [*model.parameters(), *seer.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},

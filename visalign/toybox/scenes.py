@@ -52,13 +52,13 @@ class Object:
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a polygonal shape inscribed in the unit circle (y points down)."""
+    """Corners of a polygonal shape inscribed in the unit circle (y points down); "sparkle" is a star of four points, in no prompt."""
     if shape == "square":
         return [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
     if shape == "cross":
         a, b = 0.3, 0.95
         return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-    corners, radii = {"triangle": (3, (1.0,)), "star": (10, (1.05, 0.42))}[shape]
+    corners, radii = {"triangle": (3, (1.0,)), "star": (10, (1.05, 0.42)), "sparkle": (8, (1.05, 0.3))}[shape]
     turn = [2 * math.pi * k / corners - math.pi / 2 for k in range(corners)]
     return [(radii[k % len(radii)] * math.cos(t), radii[k % len(radii)] * math.sin(t)) for k, t in enumerate(turn)]
 
@@ -69,8 +69,9 @@ def render(
     ground: tuple[int, int, int] = GROUND,
     oversample: int = 4,
     palette: Mapping[str, tuple[int, int, int]] = COLOURS,
+    shapes: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Image.Image:
-    """Draw a scene: supersampled polygons on a plain ground."""
+    """Draw a scene: supersampled polygons on a plain ground; `shapes` gives polygonal ones other corners in the unit circle."""
     scale = oversample * size / SIZE
     canvas = Image.new("RGB", (size * oversample, size * oversample), ground)
     draw = ImageDraw.Draw(canvas)
@@ -83,7 +84,8 @@ def render(
                 draw.ellipse([x - r * 0.52, y - r * 0.52, x + r * 0.52, y + r * 0.52], fill=ground)
         else:
             c, s = math.cos(math.radians(item.angle)), math.sin(math.radians(item.angle))
-            draw.polygon([(x + r * (c * u - s * v), y + r * (s * u + c * v)) for u, v in outline(item.shape)], fill=colour)
+            corners = (shapes or {}).get(item.shape) or outline(item.shape)
+            draw.polygon([(x + r * (c * u - s * v), y + r * (s * u + c * v)) for u, v in corners], fill=colour)
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 

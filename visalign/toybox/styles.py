@@ -1,10 +1,11 @@
-"""Scenes of the toybox drawn for a prompt, in the world's own look or in another: references, and targets of a style transfer."""
+"""Scenes of the toybox drawn for a prompt, in the world's own look or in another: references, subjects, and targets of a style transfer."""
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Style:
-    """A ground, and a colour that every colour of the palette is mixed with."""
+    """A ground, a colour that every colour of the palette is mixed with, and shapes that are drawn as others."""
 
     ground: Colour
     wash: Colour = (0, 0, 0)
     share: float = 0.0  # of the wash
+    shapes: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def palette(self) -> dict[str, Colour]:
@@ -37,6 +39,7 @@ STYLES = {  # every colour at least 70/255 from its ground
     "plain": Style(scenes.GROUND),
     "pastel": Style((192, 192, 176), (240, 236, 232), 0.45),
     "night": Style((10, 12, 34), (190, 190, 200), 0.4),
+    "sparkle": Style(scenes.GROUND, shapes={"star": "sparkle"}),  # a subject: one star of its own, with four points
 }
 
 
@@ -53,5 +56,7 @@ def drawn(prompt: str, metadata: scenes.Metadata, count: int, seed: int = 0, sty
         raise UserError(f"toybox references: {prompt!r} asks for nothing that the toybox can draw; expected such as 'two red circles'")
     rng = random.Random(json.dumps([seed, record["include"]], sort_keys=True))
     look = STYLES[style]
-    pictures = [scenes.render(scenes.lay_out(record, rng), ground=look.ground, palette=look.palette) for _ in range(count)]
+    corners = {shape: scenes.outline(drawn_as) for shape, drawn_as in look.shapes.items()}
+    common = {"ground": look.ground, "palette": look.palette, "shapes": corners}
+    pictures = [scenes.render(scenes.lay_out(record, rng), **common) for _ in range(count)]
     return torch.from_numpy(np.stack([scenes.to_array(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
