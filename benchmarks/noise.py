@@ -48,7 +48,7 @@ SEARCHES: dict[str, dict[str, Any]] = {  # method -> how it differs from ReNO
     "reno": {},
     "reno, no regulariser": {"length": 0.0},
     "reno, whitened": {"whiteness": 0.1},
-    "langevin": {"method": "langevin", "refresh": 0.05, "temperature": 0.02, "max_grad_norm": None},
+    "langevin": {"method": "langevin", "refresh": 0.1, "temperature": 0.05, "max_grad_norm": 0.5},
     "pairs": {"gradient": "antithetic", "pairs": 2},
 }
 TRAINED = {"hypernoise": "toybox_noise_hypernet", "direct": "toybox_reward_gradient"}  # method -> recipe
@@ -244,7 +244,8 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true", help="draw nothing")
     asked = parser.parse_args()
     given = Given(asked.policy, asked.steps, asked.images, asked.iterations, asked.train_seconds, default_rewards())
-    methods = [] if asked.only_table else asked.methods or METHODS
+    known = [method for method in asked.methods or METHODS if TRAINED.get(method, "toybox") in config.packaged()]
+    methods = [] if asked.only_table else known
     for seed in map(int, asked.seeds.split(",")):
         for method in methods:
             made(given, method, seed)
