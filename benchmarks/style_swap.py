@@ -1,5 +1,7 @@
 """`python -m benchmarks.style_swap [STYLE …] [--seconds 300] [--seed 0]`: does an adversarial reward carry over a look?
 
+Trained by direct gradients, as the reward is differentiable: all pictures of a group have one ground, so that comparing them is silent on it.
+
 The only reward is a head that tells the policy's pictures from 200 reference pictures of another style (ground and palette), of
 training compositions. Nothing else says what the style is. `moved` is how far the median colour of held-out pictures, which is their
 ground, has gone from the model's own ground (0) to the references' (1); the verifier and the second judge know the old palette alone.
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import records, toybox
 from benchmarks.machine import describe
-from benchmarks.reward_runs import OPTIONS, PICTURES
+from benchmarks.reward_runs import PICTURES
 from visalign import build, pictures
 from visalign.sampling import pictures as sample
 from visalign.toybox import scenes, styles
@@ -29,11 +31,14 @@ from visalign.trainer import Trainer
 FILE, PAGE = records.RESULTS / "style_swap.json", Path(__file__).with_suffix(".md")
 REFERENCES, SHOWN, MEASURED = 200, 8, 128  # pictures
 BAND = 0.55, 0.9  # in which a head's accuracy should stay
+HEAD: dict[str, Any] = {"lr": 1e-3, "max_accuracy": 0.85, "count": 4}
+RECIPE: dict[str, Any] = {"policy.train": [], "trainer.depth": 2, "trainer.prompts": 16, "trainer.micro_batch": 16}
+RECIPE |= {"optimizer.lr": 5e-4, "optimizer.final_lr": 5e-5}
 
 
 def references(style: str, folder: Path) -> Path:
     """A folder of scenes of training compositions in this style."""
-    rng, by_kind = random.Random(0), scenes.prompts()
+    rng, by_kind = random.Random(0), scenes.prompts(test=False)
     asked = [rng.choice(by_kind[scenes.KINDS[n % len(by_kind)]]) for n in range(REFERENCES)]
     images = torch.cat([styles.drawn(scenes.describe(record), record, 1, seed=n, style=style) for n, record in enumerate(asked)])
     pictures.save(images, folder, [f"{n:03d}" for n in range(REFERENCES)])
@@ -56,8 +61,8 @@ def drawn(trainer: Trainer) -> Tensor:
 def swap(style: str, seed: int, seconds: float) -> dict[str, Any]:
     """Train on this style's references alone; what was measured."""
     with tempfile.TemporaryDirectory() as scratch:
-        reward = OPTIONS["adversarial"] | {"use": "adversarial", "references": str(references(style, Path(scratch) / "references"))}
-        recipe = toybox.load("toybox", seed, {"rewards": {"adversarial": reward}})
+        reward = HEAD | {"use": "adversarial", "references": str(references(style, Path(scratch) / "references"))}
+        recipe = toybox.load("toybox_reward_gradient", seed, {"rewards": {"adversarial": reward}} | RECIPE)
         place = lambda part: {"run": recipe.run.model_copy(update={"path": Path(scratch) / part})}  # noqa: E731
         pace = toybox.pace(build.trainer(recipe.model_copy(update=place("pilot"))), seconds)
         trainer = build.trainer(recipe.model_copy(update=place("run")))
@@ -100,7 +105,7 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, dict[str, Any]] = records.read(FILE) if FILE.exists() else {}
     for style in given.styles or ("pastel", "night"):
-        name, asked = f"{style}, {given.seed}, {given.seconds:g}", toybox.digest(OPTIONS["adversarial"])
+        name, asked = f"{style}, {given.seed}, {given.seconds:g}", toybox.digest([HEAD, RECIPE])
         if found.get(name, {}).get("asked") != asked:
             found[name] = {"asked": asked} | swap(style, given.seed, given.seconds)
             records.write(FILE, found)
