@@ -73,7 +73,7 @@ class NoiseHypernet(Trainer):
         self.sigmas = self.policy.family.grid(self.config.policy.steps).to(self.device)
 
     def collect(self, prompts: Prompts, step: int) -> Moved:
-        before, condition = self.policy.nfe, self.policy.family.encode(prompts.texts)
+        before, condition = self.policy.nfe, self.policy.family.encode(prompts.texts, prompts.metadata)
         noise = gaussian(self.policy.family.latent_shape, self.config.run.seed, prompts.noise_ids, 0, device=self.device)
         moved: list[Tensor] = []
         looks: list[Look] = []

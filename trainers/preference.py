@@ -79,7 +79,7 @@ class Preference(ForwardTrainer):
         prompts = Prompts(
             [pair.prompt for pair in rows for _ in range(2)], [pair.metadata for pair in rows for _ in range(2)], ids // 2, ids, ids
         )
-        condition = family.encode(prompts.texts)
+        condition = family.encode(prompts.texts, prompts.metadata)
         trajectory = unrecorded(latents, family.grid(self.config.policy.steps).to(self.device), 0.0)
         found = self.scored(prompts, condition, trajectory, decode(self.policy, latents, self.settings.micro_batch))
         total = found.rewards["total"]

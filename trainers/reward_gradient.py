@@ -79,7 +79,7 @@ class RewardGradient(Trainer):
     # --- collect -------------------------------------------------------------------------------------------------------
 
     def collect(self, prompts: Prompts, step: int) -> Judged:
-        before, condition = self.policy.nfe, self.policy.family.encode(prompts.texts)
+        before, condition = self.policy.nfe, self.policy.family.encode(prompts.texts, prompts.metadata)
         walks: list[Walk] = []
         verdicts: list[Verdict] = []
         for number, rows in enumerate(torch.arange(len(prompts)).split(self.settings.micro_batch)):

@@ -104,7 +104,7 @@ class ForwardTrainer(Trainer):
 
     def collect(self, prompts: Prompts, step: int) -> Rollout:
         del step
-        condition = self.policy.family.encode(prompts.texts)
+        condition = self.policy.family.encode(prompts.texts, prompts.metadata)
         trajectory = self.drawn(prompts, condition)
         return self.scored(prompts, condition, trajectory, decode(self.policy, trajectory.final, self.settings.micro_batch))
 

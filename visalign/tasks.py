@@ -70,7 +70,7 @@ class Task:
             raise UserError(
                 f"budget.nfe={self.budget.nfe:g} is less than one picture: {steps} steps at guidance {guidance:g} are {self.evaluation} NFE"
             )
-        self.condition = policy.family.encode(prompts.texts)
+        self.condition = policy.family.encode(prompts.texts, prompts.metadata)
         self.sigmas = policy.family.grid(steps).to(policy.device)
 
     def __len__(self) -> int:

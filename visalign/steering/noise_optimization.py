@@ -118,7 +118,7 @@ class Search:
     def __call__(self, prompts: Prompts) -> Iterator[State]:
         """The states after every iteration; stop at any, its `best` is the result. Pictures don't depend on their batch neighbours."""
         settings = self.settings
-        condition = self.policy.family.encode(prompts.texts)
+        condition = self.policy.family.encode(prompts.texts, prompts.metadata)
         x = gaussian(self.policy.family.latent_shape, self.seed, prompts.noise_ids, 0, device=self.policy.device)
         ascent = self._ascent(x)
         best, spent = None, Spent()
