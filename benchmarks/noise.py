@@ -48,7 +48,7 @@ SEARCHES: dict[str, dict[str, Any]] = {  # method -> how it differs from ReNO
     "reno": {},
     "reno, no regulariser": {"length": 0.0},
     "reno, whitened": {"whiteness": 0.1},
-    "langevin": {"method": "langevin", "refresh": 0.05, "temperature": 0.02, "max_grad_norm": None},
+    "langevin": {"method": "langevin", "refresh": 0.1, "temperature": 0.05, "max_grad_norm": 0.5},
     "pairs": {"gradient": "antithetic", "pairs": 2},
 }
 TRAINED = {"hypernoise": "toybox_noise_hypernet", "direct": "toybox_reward_gradient"}  # method -> recipe
@@ -118,7 +118,7 @@ def best_of_n(given: Given, session: Session, prompts: Prompts, seconds: float) 
     policy, shape, found, drawn = session.policy, session.policy.family.latent_shape, list[Found](), list[int]()
     started = time.perf_counter()
     for batch in batches(prompts, given.batch):
-        condition, begun, best, count = policy.family.encode(batch.texts), time.perf_counter(), None, 0
+        condition, begun, best, count = policy.family.encode(batch.texts, batch.metadata), time.perf_counter(), None, 0
         while best is None or time.perf_counter() - begun < seconds * len(batch):
             noise = gaussian(shape, 0, batch.noise_ids, f"fresh/{count}" if count else 0, device=policy.device)
             seen = look(policy, session.rewards, noise, batch, condition, steps=given.steps, guidance=1.0, slope=False)
@@ -140,7 +140,7 @@ def plain(given: Given, policy: Policy, prompts: Prompts) -> Outcome:
     seconds, nfe = (time.perf_counter() - started) / len(prompts), (policy.nfe - before) / len(prompts)
     sigma = policy.family.grid(given.steps).to(policy.device)[0].expand(len(prompts))
     noise = gaussian(policy.family.latent_shape, 0, prompts.noise_ids, 0, device=policy.device)
-    return Outcome(images, policy.start(noise, sigma, policy.family.encode(prompts.texts)), seconds, nfe)
+    return Outcome(images, policy.start(noise, sigma, policy.family.encode(prompts.texts, prompts.metadata)), seconds, nfe)
 
 
 def trained(given: Given, name: str, seed: int, folder: Path) -> tuple[Trainer, float, int]:
@@ -244,7 +244,8 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true", help="draw nothing")
     asked = parser.parse_args()
     given = Given(asked.policy, asked.steps, asked.images, asked.iterations, asked.train_seconds, default_rewards())
-    methods = [] if asked.only_table else asked.methods or METHODS
+    known = [method for method in asked.methods or METHODS if TRAINED.get(method, "toybox") in config.packaged()]
+    methods = [] if asked.only_table else known
     for seed in map(int, asked.seeds.split(",")):
         for method in methods:
             made(given, method, seed)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import cost, distillation, records, toybox, toybox_table
+from benchmarks import cost, distillation, guidance, guidance_page, prdp, records, toybox, toybox_table
 from benchmarks.cost_cases import CASES, chain, completed, one_branch, tree, window
+from visalign.drawing import Result
 
 MACHINE = {"device": "abacus", "threads": 2, "torch": "2.15", "commit": "abc1234"}
 
@@ -141,3 +143,74 @@ def test_a_run_without_groups_has_no_spread_to_plot(tmp_path: Path) -> None:
     del one["rows"]["zero_spread/total"]
     toybox_table.plot([one], tmp_path / "runs.png")
     assert "reward_gradient" in toybox_table.page([one], 90.0)
+
+
+def test_prdp_on_few_and_on_many_prompts(tmp_path: Path) -> None:
+    assert list(prdp.cases()) == ["flow_grpo_few", "prdp_few", "flow_grpo_many", "prdp_many"]
+    ends = {"flow_grpo_few": 0.6, "prdp_few": 0.6, "flow_grpo_many": 0.5, "prdp_many": 0.7}
+    runs = [run(name, seed, end + 0.001 * seed * (name == "prdp_many")) for name, end in ends.items() for seed in range(3)]
+    runs[0]["curve"][1]["strict"] = 0.75
+    text = prdp.page(runs)
+    assert row_of(text, "`flow_grpo_few`")[3:6] == ["0.200 → 0.700 → 0.700", "0.500 → 0.600 ± 0.000", "0.050 ± 0.087"]
+    assert "few prompts, strict: no difference that shows, +0.000 ± 0.000" in text
+    assert "many prompts, strict: PRDP is ahead, +0.201 ± 0.001" in text
+    prdp.write(tmp_path, tmp_path / "none.md", tmp_path / "none.png")
+    assert not (tmp_path / "none.md").exists()
+    for one in runs[:7]:
+        records.write(tmp_path / f"{one['name']}-{one['seed']}.json", one)
+    prdp.write(tmp_path, tmp_path / "prdp.md", tmp_path / "prdp.png")
+    assert "many prompts, second_judge: not known, 0 seeds of both" in (tmp_path / "prdp.md").read_text()
+    assert (tmp_path / "prdp.png").stat().st_size > 1000
+
+
+def guided(name: str, multiple: int, seed: int, strict: float, kind: str = "nfe") -> dict[str, Any]:
+    """A run of guided sampling."""
+    judged = {"strict": strict + 0.01 * seed, "second_judge": 0.5, "reward": 0.6, "diversity": 0.2, "reward_options": guidance.REWARD}
+    costs = {"nfe": 10.0 * multiple, "nfe_backward": 0.0, "reward_calls": 1.0 * multiple, "seconds": 2.0 * multiple}
+    return (
+        {"name": name, "kind": kind, "multiple": multiple, "seed": seed, "prompts": 66, "pictures": 2, "steps": 10}
+        | judged
+        | costs
+        | MACHINE
+    )
+
+
+def test_the_guidance_page_says_who_wins_and_where_best_of_n_does(tmp_path: Path) -> None:
+    runs = [guided("plain", 1, seed, 0.4) for seed in range(3)]
+    for multiple, best, svdd in ((4, 0.60, 0.50), (32, 0.70, 0.80)):
+        runs += [guided("best_of_n", multiple, seed, best) for seed in range(3)]
+        runs += [guided("svdd", multiple, seed, svdd) for seed in range(3)]
+    runs += [guided("best_of_n", 4, seed, 0.6, "seconds") for seed in range(3)]
+    for run in runs:
+        records.write(tmp_path / f"{run['name']}-{run['kind']}-{run['multiple']}-{run['seed']}.json", run)
+    guidance_page.write(tmp_path, tmp_path / "page.md", tmp_path / "plot.png")
+    text = (tmp_path / "page.md").read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert "`svdd`: +0.400 ± 0.000, reached" in text
+    nfe = text.partition("## 32 times plain NFE")[2]
+    svdd = row_of(nfe, "`svdd`")
+    assert svdd[1:3] == ["3", "0.810 ± 0.025"], "mean of 0.80, 0.81, 0.82 and t = 4.303 times 0.01/√3"
+    assert svdd[6:] == ["+0.100 ± 0.000", "320", "32", "64"]
+    assert nfe.index("`svdd`") < nfe.index("`best_of_n`") < nfe.index("`plain`"), "best first"
+    assert "Over best of N it gains +0.100 ± 0.000: more than what seeds differ by." in nfe
+    assert "4 ×: Best: `best_of_n`, strict +0.200 ± 0.000 over plain" in text
+    assert "**Best of N wins**" in text.partition("4 ×: ")[2].partition("\n")[0]
+    assert row_of(text.partition("## Accuracy over budgets")[2], "`svdd`")[1:] == ["", "0.510 ± 0.025", "0.810 ± 0.025"]
+    assert "## 4 times the plain sampler's seconds" in text
+    assert "No run yet" in guidance_page.page([])
+
+
+def test_a_guided_run_is_made_once_and_again_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    scores = {name: torch.tensor([0.25, 0.75]) for name in ("vlm_yes", "total")}
+    found = Result(torch.zeros(2, 3, 8, 8), scores, {"strict": torch.tensor([0.0, 1.0])}, nfe=10.0, reward_calls=8, seconds=1.5)
+    monkeypatch.setattr(guidance.api, "panel", lambda rewards: rewards)
+    monkeypatch.setattr(guidance.Bench, "draw", lambda self, *given: drawn.append(given) or found)
+    bench = guidance.Bench(tmp_path, 6)
+    first = bench.run("svdd", "seconds", 4, seed=1)
+    assert first == bench.run("svdd", "seconds", 4, seed=1)
+    assert [given[:3] for given in drawn] == [("plain", {"nfe": 10}, 1), ("svdd", {"seconds": 6.0}, 1)], "of the plain run's seconds"
+    assert (first["reward"], first["strict"], first["reward_calls"], first["limit"]) == (0.5, 0.5, 4, 6.0)
+    guidance.Bench(tmp_path, 12).run("svdd", "seconds", 4, seed=1)
+    assert len(drawn) == 4
+    assert len(guidance.jobs(["best_of_n", "plain", "svdd"], [0, 1], None)) == 2 * (1 + 3 + 2 * (5 + 2))

@@ -407,7 +407,7 @@ def test_score_refuses(refused: Refused, picture: Path, prompts: Path, tmp_path:
             "budget.nfe=5 is less than one picture: 10 steps at guidance 1 are 10 NFE",
         ),
         (["a circle", "--budget", "memory=4", "--model", "toy:gaussian", "--device", "cpu"], "budget.memory: only a CUDA device's memory"),
-        (["a circle", "--n", "0"], "--n 0 --steps 10: expected 1 or more of each"),
+        (["a circle", "--n", "0"], "--n 0 --steps 10 --batch 16: expected 1 or more of each"),
         ([""], "the prompt is empty"),
         (["a circle", "  "], "prompt 2 is empty"),
         ([], "no prompt given; name some, or --prompts FILE"),

@@ -212,6 +212,5 @@ def test_packaged_recipes_are_short_and_complete(path: Path) -> None:
     settings = config.validate(kind.Config, recipe.trainer.options, "trainer")
     if issubclass(kind, Trainer):
         assert settings.prompts * settings.group_size % settings.micro_batch == 0
-    for section in (recipe.rewards | recipe.eval.rewards).values():
-        registry.checked(registry.load("rewards", section.use), section.options, section.use)
+    registry.check_rewards(recipe.rewards | recipe.eval.rewards)
     assert config.parse(recipe.model_dump(mode="json")) == recipe, "config.yaml of a run is a recipe"

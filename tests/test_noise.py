@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from visalign.noise import gaussian, seed_for
+from visalign.noise import gaussian, seed_for, uniform
 
 IDS = torch.tensor([5, 0, 123456789012, 5, 7])
 
@@ -31,6 +31,14 @@ def test_standard_normal() -> None:
     assert_close(rows.std((0, 1, 2)), torch.tensor(1.0), rtol=0, atol=0.01)
     neighbours = (rows[1:] * rows[:-1]).mean()
     assert abs(neighbours.item()) < 0.01
+
+
+def test_uniform() -> None:
+    rows = uniform((16,), 0, torch.arange(2000), "choice")
+    assert 0 <= rows.min() <= rows.max() < 1
+    assert_close(rows.mean((0, 1)), torch.tensor(0.5), rtol=0, atol=0.01)
+    assert_close(rows.var((0, 1)), torch.tensor(1 / 12), rtol=0, atol=0.005)
+    assert torch.equal(rows[3:5], uniform((16,), 0, torch.tensor([3, 4]), "choice"))
 
 
 def test_precision_only_rounds() -> None:

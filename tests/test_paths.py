@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from visalign.paths import Flow, Path, VariancePreserving, combine, endpoints, expand, gain, mix, noise_gap, prediction_from
+from visalign.paths import Flow, Path, VariancePreserving, combine, endpoints, expand, gain, mix, noise_gap, prediction_from, renoise
 
 TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 CASES: dict[str, tuple[Path, Tensor]] = {
@@ -91,3 +91,16 @@ def test_the_noise_gap_is_a_difference_of_noise_whatever_times_are() -> None:
     gap = noise_gap(VariancePreserving(TABLE), torch.tensor([981.0, 1.0]), torch.tensor([961.0, -1.0]))
     wanted = [(1 - TABLE[981]) ** 0.5 - (1 - TABLE[961]) ** 0.5, (1 - TABLE[1]) ** 0.5]
     assert_close(gap, torch.stack(wanted), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("path", [Flow(), VariancePreserving(torch.linspace(0.999, 0.001, 100))], ids=["flow", "vp"])
+def test_renoised_states_have_the_marginals_of_the_noisier_time(path: Flow | VariancePreserving) -> None:
+    rng = torch.Generator().manual_seed(0)
+    times = torch.tensor([0.3, 0.7]) if isinstance(path, Flow) else torch.tensor([30.0, 70.0])
+    clean, first, second = torch.full((50000, 2), 1.5), *(torch.randn(50000, 2, generator=rng) for _ in range(2))
+    back = renoise(path, mix(path, clean, first, times[0]), times[0], times[1], second)
+    direct = mix(path, clean, second, times[1])
+    assert torch.allclose(back.mean(0), direct.mean(0), atol=0.02)
+    assert torch.allclose(back.std(0), direct.std(0), atol=0.02)
+    end = torch.tensor(0.0 if isinstance(path, Flow) else -1.0)
+    assert torch.allclose(renoise(path, clean, end, times[1], second), direct, atol=1e-5), "from clean latents it is the forward process"

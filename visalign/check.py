@@ -65,6 +65,8 @@ def small(config: Config, folder: Path) -> Config:
     group = Exploration(whole.exploration, whole.policy.steps, config.run.seed).smallest_group
     world = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch and torchrun
     options = config.trainer.options | {"prompts": world, "group_size": group, "micro_batch": 2, "updates": 1}
+    if "timesteps" in options:  # of trainers on the forward process
+        options["timesteps"] = min(2, options["timesteps"])
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"path": folder, "resume": "never"}),

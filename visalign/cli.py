@@ -51,6 +51,7 @@ def parser() -> Parser:
     one.add_argument("--guidance", type=float, default=1.0, help="of classifier-free guidance; 1 is none")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="auto")
+    one.add_argument("--batch", type=int, default=16, help="latents per forward; halved where memory runs out")
     one.add_argument("--out", type=Path, required=True, metavar="DIR", help="pictures and scores; an interrupted command goes on there")
     one = commands.add_parser("score", help="score picture files")
     one.add_argument("files", nargs="+", metavar="FILE")
@@ -187,7 +188,7 @@ def _sample(parsed: argparse.Namespace) -> int:
         guidance=parsed.guidance,
         seed=parsed.seed,
     )
-    print(gallery.fill(parsed.out, listed, wanted, parsed.device))
+    print(gallery.fill(parsed.out, listed, wanted, parsed.device, parsed.batch))
     return 0
 
 

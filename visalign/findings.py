@@ -98,12 +98,13 @@ class State:
     seconds: float
     figures: dict[str, float]
     decode: Callable[[Tensor], Tensor] = field(repr=False)
+    decoded: Tensor | None = field(default=None, repr=False)
     result: Any = None
 
     @cached_property
     def images(self) -> Tensor:
-        """(N, 3, H, W) in [0, 1]: `latents`, decoded when they are first asked for."""
-        return self.decode(self.latents)
+        """(N, 3, H, W) in [0, 1]: `latents`, decoded when they are first asked for, unless they have been before."""
+        return self.decode(self.latents) if self.decoded is None else self.decoded
 
     def record(self) -> dict[str, float]:
         """The state as a row of a trace."""

@@ -42,7 +42,7 @@ class Wanted:
     seed: int
 
 
-def fill(folder: Path, prompts: PromptSet, wanted: Wanted, device: str = "auto") -> str:
+def fill(folder: Path, prompts: PromptSet, wanted: Wanted, device: str = "auto", batch: int = 16) -> str:
     """Draw what the folder does not have yet; what there is to say at the end.
 
     Prompts are drawn one by one, each with the noise that it has in the whole list, and with a budget of its own.
@@ -53,15 +53,15 @@ def fill(folder: Path, prompts: PromptSet, wanted: Wanted, device: str = "auto")
     rewards, judges = wanted.rewards or None, wanted.judges or None
     drawing.plan(wanted.method, wanted.options, wanted.budget, rewards, judges)
     drawing.listed(prompts.texts, wanted.n)
-    if wanted.n < 1 or wanted.steps < 1:
-        raise UserError(f"--n {wanted.n} --steps {wanted.steps}: expected 1 or more of each")
+    if min(wanted.n, wanted.steps, batch) < 1:
+        raise UserError(f"--n {wanted.n} --steps {wanted.steps} --batch {batch}: expected 1 or more of each")
     _claim(folder, wanted)
     missing = [number for number, text in enumerate(prompts.texts) if not _done(folder, number, text)]
     if missing:
         policy = api.load(wanted.model, device)
         panels = [None if one is None else api.panel(one, policy.name, policy.device) for one in (rewards, judges)]
         fixed: dict[str, Any] = {"method": wanted.method, "n": wanted.n, "steps": wanted.steps, "guidance": wanted.guidance}
-        fixed |= {"seed": wanted.seed, "budget": wanted.budget, "reward": panels[0], "judges": panels[1]} | wanted.options
+        fixed |= {"batch": batch, "seed": wanted.seed, "budget": wanted.budget, "reward": panels[0], "judges": panels[1]} | wanted.options
         for number in tqdm(missing, desc=wanted.method, unit="prompt", initial=len(prompts) - len(missing), total=len(prompts)):
             text, known = prompts.texts[number], prompts.metadata[number]
             result = drawing.sample(policy, text, metadata=[known], first_id=number * wanted.n, **fixed)

@@ -54,7 +54,7 @@ class Method(ABC):
             found = task.look(task.walk(task.noises(low, high, rows), own), own)
             task.keep(found, rows)
             assert task.best is not None
-            yield task.state(high, last if last < MANY else 0, task.best.latents, **found.figures)
+            yield task.state(high, last if last < MANY else 0, task.best, **found.figures)
 
 
 def search(method: Method, task: Task) -> Iterator[State]:
@@ -81,16 +81,16 @@ def search(method: Method, task: Task) -> Iterator[State]:
 
 @contextmanager
 def limited(memory: float | None, device: torch.device) -> Iterator[None]:
-    """At most so many GB of a CUDA device for this process; beyond, PyTorch raises OutOfMemoryError."""
+    """At most so many GB of a CUDA device for this process within the block, all of it afterwards; beyond, PyTorch raises."""
     if memory is None:
         yield
         return
     if device.type != "cuda":
         raise UserError(f"budget.memory: only a CUDA device's memory can be limited, and this is {device}")
-    before = torch.cuda.get_per_process_memory_fraction(device)
+    number = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory * 1e9 / torch.cuda.get_device_properties(device).total_memory), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, memory * 1e9 / torch.cuda.get_device_properties(number).total_memory), number)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, number)

@@ -152,8 +152,8 @@ class Task:
         return gaussian(shape, self.seed, self.prompts.ids, stream, device=self.policy.device).flatten(0, 1)
 
     def chance(self, stream: str, count: int) -> Tensor:
-        """(N, count) uniform in [0, 1) by name."""
-        return uniform((count,), self.seed, self.prompts.ids, stream, device=self.policy.device)
+        """(N, count) uniform in [0, 1) by name; on the CPU, where choices are made."""
+        return uniform((count,), self.seed, self.prompts.ids, stream)
 
     def rows(self, count: int = 1) -> Tensor:
         """(N·count,) the picture to which each of the rows belongs."""
@@ -255,7 +255,8 @@ class Task:
         latents, images = old.latents.index_copy(0, place, new.latents), old.images.index_copy(0, place, new.images)
         self.best = Found(latents, images, {name: values.index_copy(0, place, new.scores[name]) for name, values in old.scores.items()})
 
-    def state(self, step: int, steps: int, latents: Tensor, **figures: float) -> State:
-        """The search as it stands."""
+    def state(self, step: int, steps: int, shown: Tensor | Found, **figures: float) -> State:
+        """The search as it stands; `shown` are latents (N, ...) of what the pictures look like, or pictures that have been looked at."""
         counts = {"nfe": self.nfe, "nfe_backward": self.nfe_backward, "reward_calls": self.scored, "seconds": self.seconds}
-        return State(step, steps, latents, self.best, **counts, figures=figures, decode=self.decode)
+        latents, decoded = (shown, None) if isinstance(shown, Tensor) else (shown.latents, shown.images)
+        return State(step, steps, latents, self.best, **counts, figures=figures, decode=self.decode, decoded=decoded)

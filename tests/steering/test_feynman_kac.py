@@ -83,7 +83,7 @@ def test_the_unit_of_the_strength_may_be_the_scores_spread(run: Run) -> None:
 @pytest.mark.parametrize("potential", ["difference", "max", "sum", "current"])
 def test_potentials_multiply_to_the_tilt(potential: Any) -> None:
     rewards = torch.tensor([[[0.3, -1.0]], [[1.2, 0.5]], [[0.7, 2.0]]])
-    particles = Particles.fresh(1, 2, torch.device("cpu"))
+    particles = Particles.fresh(1, 2)
     for r in rewards[:-1]:
         particles = particles.weighed(r, 3.0, "score", potential)
     after_two = {"difference": [1.2, 0.5], "max": [0.3 + 1.2, -1 + 0.5], "sum": [0.3 + 1.5, -1 - 0.5], "current": [1.5, -0.5]}[potential]
@@ -94,7 +94,7 @@ def test_potentials_multiply_to_the_tilt(potential: Any) -> None:
 
 def test_effective_sample_size_and_when_particles_are_drawn_anew() -> None:
     rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3.0), 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
-    particles = Particles.fresh(3, 4, torch.device("cpu")).weighed(rewards, 1.0, "score", "current")
+    particles = Particles.fresh(3, 4).weighed(rewards, 1.0, "score", "current")
     assert particles.effective.tolist() == pytest.approx([4.0, 36 / 12, 1.0])  # (Σw)²/Σw²
     place, drawn = particles.drawn(torch.full((3, 4), 0.5), 0.5, "systematic")
     assert place.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
@@ -115,7 +115,7 @@ def test_resampling_is_unbiased(how: str) -> None:
 
 def test_failures_weigh_nothing_while_others_have_weight() -> None:
     rewards = torch.tensor([[1.0, -math.inf], [-math.inf, -math.inf]])
-    particles = Particles.fresh(2, 2, torch.device("cpu")).weighed(rewards, 1.0, "spread", "max")
+    particles = Particles.fresh(2, 2).weighed(rewards, 1.0, "spread", "max")
     assert particles.shares.tolist() == [[1.0, 0.0], [0.5, 0.5]]
     assert spread(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]])).item() == 1.0
 

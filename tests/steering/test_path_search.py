@@ -7,7 +7,6 @@ import torch
 
 from tests.steering.conftest import Run
 from visalign.errors import UserError
-from visalign.paths import Flow, VariancePreserving, mix, renoise
 from visalign.steering.path_search import PathSearch, best
 
 
@@ -37,16 +36,3 @@ def test_paths_that_never_arrive_are_refused(run: Run) -> None:
 def test_the_best_of_all_branches_of_a_picture_go_on() -> None:
     totals = torch.tensor([[0.1, 0.9, 0.5, 0.9], [-torch.inf, 2.0, -torch.inf, 1.0]])
     assert best(totals, 2).tolist() == [[1, 3], [5, 7]]
-
-
-@pytest.mark.parametrize("path", [Flow(), VariancePreserving(torch.linspace(0.999, 0.001, 100))], ids=["flow", "vp"])
-def test_renoised_states_have_the_marginals_of_the_noisier_time(path: Flow | VariancePreserving) -> None:
-    rng = torch.Generator().manual_seed(0)
-    times = torch.tensor([0.3, 0.7]) if isinstance(path, Flow) else torch.tensor([30.0, 70.0])
-    clean, first, second = torch.full((50000, 2), 1.5), *(torch.randn(50000, 2, generator=rng) for _ in range(2))
-    back = renoise(path, mix(path, clean, first, times[0]), times[0], times[1], second)
-    direct = mix(path, clean, second, times[1])
-    assert torch.allclose(back.mean(0), direct.mean(0), atol=0.02)
-    assert torch.allclose(back.std(0), direct.std(0), atol=0.02)
-    end = torch.tensor(0.0 if isinstance(path, Flow) else -1.0)
-    assert torch.allclose(renoise(path, clean, end, times[1], second), direct, atol=1e-5), "from clean latents it is the forward process"

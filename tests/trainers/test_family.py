@@ -16,6 +16,7 @@ CASES = {  # name -> (what differs, denoiser forwards a picture, of them in the 
     "dense_grpo": (["trainer.rounds=1"], 5 + 1 / 8),
     "vgpo": ([], 6.0),
     "grpo_guard": ([], 6.0),
+    "reward_difference": ([], 6.0),
     "tempflow_grpo": (["trainer.group_size=8", "exploration.seeds=2", "exploration.range=[0,2]"], 5.0),
 }
 SMALL = """

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.trainers.test_flow_grpo import toy
-from visalign import tracking
+from visalign import check, tracking
 from visalign.errors import UserError
 from visalign.families.toy import Toy
 from visalign.losses import reward_difference
@@ -277,7 +277,29 @@ def test_six_steps_are_three_and_three_to_the_bit(tmp_path: Path, changes: dict[
     assert weights[0]["shift"].norm() > 0.01
 
 
+@pytest.mark.parametrize("changes", [{"trainer__passes": 2}, {"trainer__offline": 2}])
+def test_the_preflight_passes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe = prdp(tmp_path, **changes).config
+    findings = {finding.name: finding for finding in check.run(recipe)}
+    assert all(finding.passed for finding in findings.values()), [str(finding) for finding in findings.values()]
+    assert "kl" in findings["gradients"].figure
+
+
 # --- members and refusals ----------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_learns_needs_fresh_pictures(tmp_path: Path, dino: str) -> None:
+    critic = {"critic": {"use": "adversarial", "checkpoint": dino, "references": "toybox", "count": 2}}
+    with pytest.raises(UserError, match=r"trainer.offline=3: rewards.critic learns"):
+        prdp(tmp_path, rewards=critic, trainer__offline=3)
+
+
+def test_weights_make_pairs_count_less_and_rewards_no_smaller(tmp_path: Path) -> None:
+    trainer = prdp(tmp_path)
+    rollout = replace(drawn(trainer), weights=torch.tensor([1.0, 0.5, 0.0, 1.0] * 2))
+    credit, weight, _ = trainer.targets(replace(rollout, advantages=trainer.credit(rollout)))
+    assert torch.equal(credit, trainer.targets(rollout)[0])
+    assert weight.flatten().tolist() == [1.0, 0.5, 0.0, 1.0] * 2
 
 
 def test_members_without_a_score_are_in_no_pair(tmp_path: Path) -> None:

@@ -53,14 +53,14 @@ class FeynmanKac(Method):
     def swarm(self, task: Task, count: int, points: list[int], number: int) -> Iterator[State]:
         """One run of K particles for each picture."""
         rows, settings, x = task.rows(count), self.settings, task.starts(count, number)
-        particles = Particles.fresh(len(task), count, x.device)
-        first = torch.arange(len(task), device=x.device) * count
+        particles = Particles.fresh(len(task), count)
+        first = torch.arange(len(task)) * count
         for step in range(task.steps):
             said, figures = task.predict(x, step, rows), {}
             clean = task.clean(x, said, step)
             if step in points:
                 found = task.look(clean, rows)
-                particles = particles.weighed(found.total.view(-1, count), settings.strength, settings.unit, settings.potential)
+                particles = particles.weighed(found.total.cpu().view(-1, count), settings.strength, settings.unit, settings.potential)
                 chance = task.chance(f"resample/{number}/{step}", count)
                 place, particles = particles.drawn(chance, settings.ess, settings.resampling)
                 x, said, clean = x[place], said[place], clean[place]
@@ -72,15 +72,16 @@ class FeynmanKac(Method):
             else:
                 x = task.euler(x, said, step)
         found = task.look(x, rows)
-        ended = particles.weighed(found.total.view(-1, count), settings.strength, settings.unit, "last")
-        best = found.total.view(-1, count).argmax(1) if settings.pick == "best" else ended.one(task.chance(f"pick/{number}", 1))
-        task.keep(found.take(first + best))
-        yield task.state(task.steps, task.steps, x[first + best], **found.figures, ess=ended.effective.mean().item())
+        ended = particles.weighed(found.total.cpu().view(-1, count), settings.strength, settings.unit, "last")
+        best = found.total.cpu().view(-1, count).argmax(1) if settings.pick == "best" else ended.one(task.chance(f"pick/{number}", 1))
+        chosen = found.take(first + best)
+        task.keep(chosen)
+        yield task.state(task.steps, task.steps, chosen, **found.figures, ess=ended.effective.mean().item())
 
 
 @dataclass(frozen=True)
 class Particles:
-    """Weights of K particles for each of N pictures, and what their lineages have been paid.
+    """Weights of K particles for each of N pictures, and what their lineages have been paid, in float64 on the CPU.
 
     Attributes:
         log_weights: (N, K), since particles were last drawn anew.
@@ -98,10 +99,10 @@ class Particles:
     ess: Tensor
 
     @classmethod
-    def fresh(cls, pictures: int, count: int, device: torch.device) -> Particles:
+    def fresh(cls, pictures: int, count: int) -> Particles:
         """Before the first step: equal weights."""
-        zero = torch.zeros(pictures, count, dtype=torch.float64, device=device)
-        whole = torch.full((pictures,), float(count), dtype=torch.float64, device=device)
+        zero = torch.zeros(pictures, count, dtype=torch.float64)
+        whole = torch.full((pictures,), float(count), dtype=torch.float64)
         return cls(zero, zero, zero - math.inf, zero, zero[:, :1] + math.nan, whole)
 
     def weighed(self, rewards: Tensor, strength: float, unit: str, potential: Potential | Literal["last"]) -> Particles:
@@ -130,11 +131,11 @@ class Particles:
         """Rows (N·K,) that go on, and their weights, pictures drawing anew whose effective sample size is below `least`·K."""
         count, ess = chance.shape[1], self.effective
         anew = (ess < least * count * (1 - 1e-9))[:, None]
-        still = torch.arange(count, device=chance.device).expand_as(chance)
+        still = torch.arange(count).expand_as(chance)
         place = torch.where(anew, resample(self.shares, chance, how), still)
         weights = torch.where(anew, 0.0, self.log_weights)
         paid, highest, total = (values.gather(1, place) for values in (self.paid, self.highest, self.total))
-        rows = place + torch.arange(len(place), device=place.device)[:, None] * count
+        rows = place + torch.arange(len(place))[:, None] * count
         return rows.flatten(), Particles(weights, paid, highest, total, self.scale, ess)
 
     def one(self, chance: Tensor) -> Tensor:
@@ -154,6 +155,6 @@ def resample(shares: Tensor, chance: Tensor, how: str) -> Tensor:
     """(N, C) particles, each k expected C·shares[:, k] times, from uniform numbers (N, C); systematic uses the first of each row alone."""
     count = chance.shape[1]
     if how == "systematic":
-        chance = (chance[:, :1] + torch.arange(count, device=chance.device)) / count
+        chance = (chance[:, :1] + torch.arange(count)) / count
     edges = shares.cumsum(1)
     return torch.searchsorted(edges / edges[:, -1:], chance.to(edges), right=True).clamp(max=shares.shape[1] - 1)

@@ -71,7 +71,7 @@ class Gradient(Method):
                 yield task.state(step + 1, task.steps, clean, **figures)
         found = task.look(x, rows)
         task.keep(found)
-        yield task.state(task.steps, task.steps, x, **found.figures)
+        yield task.state(task.steps, task.steps, found, **found.figures)
 
     def push(self, task: Task, x: Tensor, step: int, rows: Tensor) -> tuple[Tensor, Tensor, float]:
         """(N, ...) after a pushed step, the clean estimate before it, and the mean score of that."""

@@ -38,4 +38,4 @@ class Hybrid(Method):
                 x = task.walk(x, rows, switch)
             found = task.look(x, rows)
             task.keep(found)
-            yield task.state(candidate + 1, count if count < MANY else 0, x, **found.figures)
+            yield task.state(candidate + 1, count if count < MANY else 0, found, **found.figures)

@@ -75,7 +75,7 @@ class PathSearch(Method):
                 task.keep(found)
             kept = best(found.total.view(len(task), -1), count)
             x, at = x[kept.flatten()], last
-            yield task.state(last, task.steps, clean[kept[:, 0]], **found.figures)
+            yield task.state(last, task.steps, found.take(kept[:, 0]), **found.figures)
 
     def onward(self, task: Task, x: Tensor, rows: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """(M, ...) after the ODE's steps `first` to `last`, and the clean estimate that the last of them went towards."""

@@ -22,5 +22,6 @@ class Plain(Method):
             if step:
                 yield task.state(step, task.steps, task.clean(x, said, step))
             x = task.euler(x, said, step)
-        task.keep(task.look(x, rows))
-        yield task.state(task.steps, task.steps, x)
+        found = task.look(x, rows)
+        task.keep(found)
+        yield task.state(task.steps, task.steps, found)

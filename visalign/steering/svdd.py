@@ -46,13 +46,13 @@ class SVDD(Method):
             places = law.draw(task.draw(f"proposals/{number}/{step}", count))
             predictions = task.predict(places, step + 1, own)
             found = task.look(task.clean(places, predictions, step + 1), own)
-            taken = self.choose(found.total.view(-1, count), task, f"choice/{number}/{step}")
+            taken = self.choose(found.total.cpu().view(-1, count), task, f"choice/{number}/{step}")
             x, said = places[taken], predictions[taken]
-            yield task.state(step + 1, task.steps, found.latents[taken], **found.figures)
+            yield task.state(step + 1, task.steps, found.take(taken), **found.figures)
         x = task.euler(x, said, task.steps - 1)
         found = task.look(x, rows)
         task.keep(found)
-        yield task.state(task.steps, task.steps, x, **found.figures)
+        yield task.state(task.steps, task.steps, found, **found.figures)
 
     def choose(self, values: Tensor, task: Task, name: str) -> Tensor:
         """(N,) rows among N·M of the places taken, by the values (N, M)."""
@@ -62,4 +62,4 @@ class SVDD(Method):
             place = torch.searchsorted(share.cumsum(1), point, right=True)[:, 0].clamp(max=values.shape[1] - 1)
         else:
             place = values.argmax(1)
-        return place + torch.arange(len(values), device=place.device) * values.shape[1]
+        return place + torch.arange(len(values)) * values.shape[1]

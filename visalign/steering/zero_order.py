@@ -35,7 +35,7 @@ class ZeroOrder(Method):
         task.keep(task.look(task.walk(pivot, rows), rows))
         assert task.best is not None
         steps = iterations if iterations < MANY else 0
-        yield task.state(0, steps, task.best.latents)
+        yield task.state(0, steps, task.best)
         for number in range(1, iterations + 1):
             count = min(settings.neighbours, task.affordable(task.evaluation, 1))
             if count == 0:
@@ -47,14 +47,14 @@ class ZeroOrder(Method):
             better = (best > before).nonzero()[:, 0]
             pivot[better] = around.unflatten(0, (-1, count))[better, place[better]]
             task.keep(found)
-            yield task.state(number, steps, task.best.latents, **found.figures)
+            yield task.state(number, steps, task.best, **found.figures)
 
 
 def neighbours(pivot: Tensor, noise: Tensor, similarity: float) -> Tensor:
     """(N·K, ...) of exactly the length and cosine asked for, around each pivot (N, ...) with noise (N·K, ...) for directions."""
-    u = pivot.flatten(1).double().repeat_interleave(len(noise) // len(pivot), 0)
+    u = pivot.flatten(1).cpu().double().repeat_interleave(len(noise) // len(pivot), 0)
     length = u.norm(dim=1, keepdim=True)
     u = u / length
-    w = noise.flatten(1).double()
+    w = noise.flatten(1).cpu().double()
     w = torch.nn.functional.normalize(w - (w * u).sum(1, keepdim=True) * u, dim=1)
-    return (length * (similarity * u + math.sqrt(1 - similarity**2) * w)).to(noise.dtype).view_as(noise)
+    return (length * (similarity * u + math.sqrt(1 - similarity**2) * w)).to(noise).view_as(noise)

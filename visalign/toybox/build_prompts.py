@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def build(out: Path, work: Path, device: torch.device) -> None:
     del work, device
     out.mkdir(parents=True, exist_ok=True)
     for name, test in (("train", False), ("test", True)):
-        records = [{"prompt": scenes.describe(m)} | m for kind in scenes.prompts(test).values() for m in kind]
+        records: list[dict[str, Any]] = [{"prompt": scenes.describe(m)} | m for kind in scenes.prompts(test).values() for m in kind]
         stars = [record for record in records if any(clause["class"] == "star" for clause in record["include"])]
         for stem, rows in (("prompts", records), ("star", stars)):
             (out / f"{stem}_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rows))

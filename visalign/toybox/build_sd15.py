@@ -60,8 +60,8 @@ def assemble(vae: AutoencoderKL) -> StableDiffusionPipeline:
         steps_offset=1,
         timestep_spacing="trailing",
     )
-    others: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-    return StableDiffusionPipeline(vae=vae, scheduler=scheduler, **parts, **others, requires_safety_checker=False)
+    others: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "scheduler": scheduler}
+    return StableDiffusionPipeline(vae=vae, **parts, **others, requires_safety_checker=False)
 
 
 def small_text_encoder() -> CLIPTextModel:
