@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class GuidedToy(Toy):
 
     CENTRE = (1.0, -0.5)
 
-    def encode(self, texts: Sequence[str]) -> Condition:
+    def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
         index = torch.zeros(len(texts), dtype=torch.int64)
         return Condition(index, {"mean": torch.tensor([self.CENTRE])}, {"mean": torch.zeros(1, 2)})
 

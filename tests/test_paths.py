@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from visalign.paths import Flow, Path, VariancePreserving, combine, endpoints, expand, gain, mix, prediction_from, renoise
+from visalign.paths import Flow, Path, VariancePreserving, combine, endpoints, expand, gain, mix, noise_gap, prediction_from, renoise
 
 TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 CASES: dict[str, tuple[Path, Tensor]] = {
@@ -83,6 +83,14 @@ def test_one_time_for_all_samples_and_half_precision_inputs() -> None:
 def test_bad_table(table: Tensor) -> None:
     with pytest.raises(ValueError, match="decrease"):
         VariancePreserving(table)
+
+
+def test_the_noise_gap_is_a_difference_of_noise_whatever_times_are() -> None:
+    now, after = torch.tensor([1.0, 0.7]), torch.tensor([0.7, 0.0])
+    assert_close(noise_gap(Flow(), now, after), (now - after).double(), rtol=0, atol=1e-7)
+    gap = noise_gap(VariancePreserving(TABLE), torch.tensor([981.0, 1.0]), torch.tensor([961.0, -1.0]))
+    wanted = [(1 - TABLE[981]) ** 0.5 - (1 - TABLE[961]) ** 0.5, (1 - TABLE[1]) ** 0.5]
+    assert_close(gap, torch.stack(wanted), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("path", [Flow(), VariancePreserving(torch.linspace(0.999, 0.001, 100))], ids=["flow", "vp"])

@@ -57,7 +57,7 @@ class RPO(Preference):
         del step
         count, subject, batch = len(prompts), self.settings.subject, self.settings.micro_batch
         titles = [subject or text for text in prompts.texts]
-        condition = self.policy.family.encode([*prompts.texts, *titles])
+        condition = self.policy.family.encode([*prompts.texts, *titles], [*prompts.metadata] * 2)
         trajectory = self.drawn(prompts, condition.take(slice(0, count)))
         drawn = self.scored(prompts, condition, trajectory, decode(self.policy, trajectory.final, batch))
         known = self.references.prepare(titles, [{} if subject else record for record in prompts.metadata])

@@ -28,7 +28,8 @@ def out(tiny_sd3: Path, tmp_path: Path) -> Path:
 
 
 def test_the_student_trains_resumes_and_draws_in_one_step(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"PICTURES": 24, "PAIRS": 12, "CHUNK": 6, "TEACHER_STEPS": 2, "STEPS": 3, "ADVERSARIAL_FROM": 1, "ROWS": (2, 2, 2)}
+    small = {"PICTURES": 24, "PAIRS": 12, "CHUNK": 6, "TEACHER_STEPS": 2, "STEPS": 3, "ADVERSARIAL_FROM": 1}
+    small |= {"ROWS": (2, 2, 2), "WARM_ROWS": (4, 0, 2)}
     for name, value in small.items():
         monkeypatch.setattr(build_turbo, name, value)
     monkeypatch.setattr(build_turbo, "MEASURED", ((1, 1.0),))
@@ -69,11 +70,10 @@ def test_the_adversarial_gradient_is_a_fixed_share_of_the_absolute_errors(tiny_s
     assert any(not torch.equal(value, start[name]) for name, value in critic.state_dict().items())
 
 
-def test_a_batch_knows_the_ends_of_its_pairs_and_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_turbo, "ROWS", (2, 3, 4))
+def test_a_batch_knows_the_ends_of_its_pairs_and_scenes() -> None:
     noise, drawn, real = torch.randn(3, 7, 4, 16, 16).unbind(0)
     data = build_turbo.Data(noise, drawn, [f"p{n}" for n in range(7)], real, [f"r{n}" for n in range(7)])
-    start, sigma, wanted, prompts = build_turbo.batch(data, CPU)
+    start, sigma, wanted, prompts = build_turbo.batch(data, (2, 3, 4), CPU)
     assert (len(start), len(sigma), len(wanted), len(prompts)) == (9, 9, 6, 9)
     for row in range(2):
         assert torch.equal(start[row], noise[int(prompts[row][1:])])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Linear(Family):
     def load(cls, source: str) -> Linear:
         return cls()
 
-    def encode(self, texts: Sequence[str]) -> Condition:
+    def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
         return Condition(torch.zeros(len(texts), dtype=torch.int64), {})
 
     def grid(self, steps: int) -> Tensor:

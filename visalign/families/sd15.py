@@ -53,8 +53,7 @@ class SD15(Family):
     pipeline: a loaded pipeline; it is wrapped, not copied, its scheduler replaced by DDIM's and its safety checker taken out.
     resolution: pixels per side; None takes the U-Net's own.
     negative_prompt: what guidance leads away from.
-    controlnet: folder or hub id of a ControlNet, for a pipeline without one. Its control picture is a prompt's `metadata["condition"]`, a
-        file or a tensor (3, H, W) in [0, 1].
+    controlnet: folder or hub id of one, for a pipeline without; each prompt's `metadata["condition"]` is its picture, a file or (3, H, W).
     learn: what learns, beside what stays frozen; "controlnet" as in ControlNet++ (arXiv 2404.07987).
     step_distilled: whether it draws in few steps; None goes by its name (`policy.DISTILLED`).
 
@@ -91,8 +90,7 @@ class SD15(Family):
             raise UserError("policy.options.learn=controlnet: this pipeline has none; name one in policy.options.controlnet")
         self.pipeline, self.negative_prompt = pipe, negative_prompt
         self.network: nn.Module = pipe.controlnet if learn == "controlnet" else pipe.unet
-        scheduler = pipe.scheduler.config
-        self.path = VariancePreserving(pipe.scheduler.alphas_cumprod, PREDICTIONS[scheduler["prediction_type"]])
+        self.path = VariancePreserving(pipe.scheduler.alphas_cumprod, PREDICTIONS[pipe.scheduler.config.prediction_type])
         side = resolution // pipe.vae_scale_factor if resolution else pipe.unet.config.sample_size
         self.latent_shape = (pipe.unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
         for module in self.modules().values():
@@ -107,10 +105,9 @@ class SD15(Family):
         return cls(pipeline, **options)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> dict[str, int]:
         """Height and width of the pictures."""
-        height, width = (n * self.pipeline.vae_scale_factor for n in self.latent_shape[1:])
-        return height, width
+        return {name: n * self.pipeline.vae_scale_factor for name, n in zip(("height", "width"), self.latent_shape[1:], strict=True)}
 
     def modules(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
@@ -120,32 +117,28 @@ class SD15(Family):
     @torch.no_grad()
     def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
         sources = self._sources(texts, metadata)
-        rows: dict[Any, int] = {}
         keys = [(text, id(source) if isinstance(source, Tensor) else source) for text, source in zip(texts, sources, strict=True)]
-        index = torch.tensor([rows.setdefault(key, len(rows)) for key in keys])
-        first = [keys.index(key) for key in rows]
+        row = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+        first = [keys.index(key) for key in row]
         tensors = {"text": self._embed([texts[n] for n in first])}
         if self.controlled:
             tensors["control"] = torch.cat([self._control(sources[n]) for n in first])
         if self._negative is None:
             self._negative = {"text": self._embed([self.negative_prompt])}
-        return Condition(index, tensors, self._negative)
+        return Condition(torch.tensor([row[key] for key in keys]), tensors, self._negative)
 
     def _sources(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[Any]:
         """The control picture of each text, as given; None without a ControlNet."""
-        if not self.controlled:
-            return [None] * len(texts)
-        found = [record.get("condition") for record in metadata] or [None] * len(texts)
+        found = [record.get("condition") if self.controlled else None for record in metadata or [{}] * len(texts)]
         for text, source in zip(texts, found, strict=True):
-            if source is None:
+            if source is None and self.controlled:
                 raise UserError(f"prompt {text!r} has no control picture: a ControlNet needs `condition`, a file, with each prompt")
         return found
 
     def _control(self, source: Any) -> Tensor:
         """(1, 3, H, W) as the ControlNet wants it."""
         picture = source if isinstance(source, Tensor) else load_picture(source)
-        height, width = self.size
-        found = self.pipeline.control_image_processor.preprocess(picture.expand(3, -1, -1)[None], height=height, width=width)
+        found = self.pipeline.control_image_processor.preprocess(picture.expand(3, -1, -1)[None], **self.size)
         return found.to(self.pipeline.controlnet.device, self.pipeline.controlnet.dtype)
 
     def _embed(self, texts: list[str]) -> Tensor:
@@ -186,11 +179,11 @@ class SD15(Family):
         return self.pipeline(
             prompt=list(texts),
             negative_prompt=[self.negative_prompt] * len(texts),
-            **dict(zip(("height", "width"), self.size, strict=True)),
             num_inference_steps=steps,
             guidance_scale=guidance,
             latents=noise.to(self.pipeline.unet.dtype),
             output_type="pt",
+            **self.size,
             **control,
         ).images
 
@@ -201,9 +194,7 @@ class SD15(Family):
             raise NotImplementedError("stock pipelines read no adapter of a ControlNet; use --merge")
         # Without the metadata, stock diffusers takes alpha = rank.
         metadata = self.pipeline.unet.peft_config["default"].to_dict()
-        StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=dict(state), unet_lora_adapter_metadata=metadata, safe_serialization=True
-        )
+        StableDiffusionPipeline.save_lora_weights(folder, dict(state), unet_lora_adapter_metadata=metadata, safe_serialization=True)
 
     def save(self, folder: FilePath) -> None:
         self.pipeline.save_pretrained(folder, safe_serialization=True)

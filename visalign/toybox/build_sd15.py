@@ -37,7 +37,7 @@ def build(out: Path, work: Path, device: torch.device) -> None:
     """Train what isn't trained yet, save the pipeline to `out`/sd15 with its measured quality."""
     vae: Any = AutoencoderKL.from_pretrained(out / "sd3", subfolder="vae")
     pictures = draw(PICTURES, seed=1)
-    latents = encode(vae.to(device), pictures, work / "latents.safetensors", device) * vae.config["scaling_factor"]
+    latents = encode(vae.to(device), pictures, work / "latents.safetensors", device) * vae.config.scaling_factor
     pipeline: Any = assemble(vae)
     pipeline.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(out / "sd3", subfolder="text_encoder").state_dict())
     train(pipeline, latents, pictures.prompts, work, device)
@@ -51,7 +51,7 @@ def build(out: Path, work: Path, device: torch.device) -> None:
 def assemble(vae: AutoencoderKL) -> StableDiffusionPipeline:
     """The pipeline around a VAE, its other parts untrained."""
     parts: dict[str, Any] = {"tokenizer": clip_tokenizer(), "text_encoder": small_text_encoder(), "unet": small_unet()}
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         num_train_timesteps=TIMES,
         beta_start=0.00085,
         beta_end=0.012,

@@ -37,7 +37,9 @@ from visalign.toybox.pretrain import Progress, compiled, draw, warm_then_fall
 PAIRS, CHUNK = 6144, 128  # pictures that the teacher draws, and how many at a time
 TEACHER_STEPS, GUIDANCE = 8, 3.0
 STEPS, ADVERSARIAL_FROM = 1800, 600
-ROWS = 16, 24, 8  # of a batch: teacher's noise, fresh noise, noised scenes
+Rows = tuple[int, int, int]  # of a batch: teacher's noise, fresh noise, noised scenes
+WARM_ROWS: Rows = (40, 0, 8)  # before the second loss, which alone learns from fresh noise
+ROWS: Rows = (16, 24, 8)
 LEAST_NOISE = 0.25  # of noised scenes
 RATE, HEAD_RATE = 3e-4, 1e-3
 ADVERSARIAL = 1.0  # size of its gradient at a picture, over that of the absolute error
@@ -167,12 +169,13 @@ def train(pipeline: Any, data: Data, work: Path, device: torch.device) -> None:
     progress = Progress(work / "turbo.pt", parts)
     for step in progress.steps(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * warm_then_fall(step, STEPS, hold=0.6)
-        start, sigma, wanted, prompts = batch(data, device)
+        rows = WARM_ROWS if step < ADVERSARIAL_FROM else ROWS
+        start, sigma, wanted, prompts = batch(data, rows, device)
         with torch.autocast(device.type, torch.bfloat16):
             sequence, pooled = texts(prompts, stock=step % 25 == 24)
             velocity = student(start, sequence, pooled, sigma * 1000, return_dict=False)[0].float()
         drawn = start - sigma.view(-1, 1, 1, 1) * velocity
-        known = [*range(ROWS[0]), *range(ROWS[0] + ROWS[1], len(drawn))]
+        known = [*range(rows[0]), *range(rows[0] + rows[1], len(drawn))]
         error = (drawn[known] - wanted).abs().mean((1, 2, 3)).sum() / len(drawn)
         push = torch.zeros_like(drawn)
         note = {"error": error.item()}
@@ -190,12 +193,12 @@ def train(pipeline: Any, data: Data, work: Path, device: torch.device) -> None:
     pipeline.register_modules(transformer=average)
 
 
-def batch(data: Data, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """What the student starts from (B, 4, 16, 16), its σ (B,), what is known of where it should end, and the prompts.
+def batch(data: Data, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """What the student starts from (B, 4, 16, 16), its σ (B,), where it should end as far as that is known, and the prompts.
 
-    The rows are ROWS: teacher's noise, fresh noise, noised scenes; of the fresh noise nothing is known.
+    It isn't known of the fresh noise, whose rows are left out there.
     """
-    paired, fresh, noised = ROWS
+    paired, fresh, noised = rows
     pair, scene = torch.randint(len(data.noise), (paired,)), torch.randint(len(data.real), (fresh + noised,))
     real, noise = data.real[scene[fresh:]], torch.randn(fresh + noised, *data.real.shape[1:])
     sigma = torch.cat([torch.ones(paired + fresh), LEAST_NOISE + (1 - LEAST_NOISE) * torch.rand(noised)])
