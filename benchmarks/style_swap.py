@@ -1,6 +1,6 @@
 """`python -m benchmarks.style_swap [STYLE …] [--seconds 300] [--seed 0]`: does an adversarial reward carry over a look?
 
-Trained by direct gradients, as the reward is differentiable: all pictures of a group have one ground, so that comparing them is silent on it.
+Trained by direct gradients, as the reward is differentiable: the pictures of a group share their ground, so comparing them is silent on it.
 
 The only reward is a head that tells the policy's pictures from 200 reference pictures of another style (ground and palette), of
 training compositions. Nothing else says what the style is. `moved` is how far the median colour of held-out pictures, which is their

@@ -14,13 +14,13 @@ from visalign.config import RewardSection
 from visalign.errors import UserError
 from visalign.families.toy import Toy
 from visalign.guiding import Method
-from visalign.loop import Loop
+from visalign.loop import Job
 from visalign.policy import Family
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 from visalign.steering.best_of_n import BestOfN
 from visalign.trainers.flow_grpo import FlowGRPO
 
-BASES = {"rewards": Reward, "trainers": Loop, "families": Family, "steering": Method}
+BASES = {"rewards": Reward, "trainers": Job, "families": Family, "steering": Method}
 
 
 class Constant(Reward):
@@ -105,7 +105,7 @@ def test_a_users_module_in_the_working_folder_is_found(tmp_path: Path, monkeypat
         ("rewards", "no_such_module:Mine", "no_such_module:Mine: No module named 'no_such_module'; expected package.module:Class"),
         ("rewards", f"{__name__}:Absent", "has no attribute 'Absent'"),
         ("rewards", f"{__name__}:NOT_A_REWARD", "is no subclass of visalign's Reward"),
-        ("trainers", f"{__name__}:Constant", "is no subclass of visalign's Loop"),
+        ("trainers", f"{__name__}:Constant", "is no subclass of visalign's Job"),
     ],
 )
 def test_what_is_not_there_is_one_line(kind: str, name: str, message: str) -> None:

@@ -20,8 +20,8 @@ from visalign.config import Above, AtLeastZero
 from visalign.forward_process import ForwardTrainer, OldSection
 from visalign.losses import Loss, clipped_policy
 from visalign.matching import Weighting, error, likelihood
-from visalign.policy import Snapshot
 from visalign.rollout import Noised, Rollout
+from visalign.snapshots import Snapshot
 from visalign.solvers import Solver
 from visalign.trainer import Defaults, Session
 

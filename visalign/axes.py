@@ -1,7 +1,6 @@
 """The axes of the Flow-GRPO family: what the sections `exploration`, `credit` and `ratio` of a recipe mean.
 
-Each is one small class around its section; the mathematics behind it is pure functions elsewhere. They know nothing of one another: every
-combination is a recipe; what can't be combined is refused when a trainer is built, before anything is drawn.
+Each is a class around its section that knows nothing of the others; what can't be combined is refused when a trainer is built.
 """
 
 from __future__ import annotations
@@ -188,15 +187,8 @@ class Credit:
             return credits.step_advantages(signal, groups, std=section.std, floor=section.floor, moments=moments, **scale)
         if section.kind == "value":
             instant = self._values(drawn)[:, before + 1]
-            return credits.value_advantages(
-                instant,
-                groups,
-                gamma=section.discount,
-                anchor=section.anchor,
-                anchor_steps=section.anchor_steps,
-                steps=trajectory.steps.to(total.device),
-                **scale,
-            )
+            anchor = {"anchor": section.anchor, "anchor_steps": section.anchor_steps, "steps": trajectory.steps.to(total.device)}
+            return credits.value_advantages(instant, groups, gamma=section.discount, **anchor, **scale)
         if section.kind == "tree":
             return credits.tree_advantages(total, trajectory.node.to(total.device), before, groups, **scale)
         if section.kind == "own_branch":

@@ -27,9 +27,10 @@ from visalign.errors import UserError
 from visalign.losses import Loss
 from visalign.noise import gaussian
 from visalign.paths import mix, prediction_from
-from visalign.policy import Policy, Snapshot
+from visalign.policy import Policy
 from visalign.rollout import Condition, Noised, Prompts, Rollout, Trajectory
 from visalign.sampling import decode
+from visalign.snapshots import Snapshot
 from visalign.solvers import Solver, solve
 from visalign.trainer import Session, Trainer
 

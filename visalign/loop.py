@@ -24,9 +24,10 @@ from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.explain import nearest
 from visalign.losses import Loss
-from visalign.policy import Average, Policy
+from visalign.policy import Policy
 from visalign.prompts import PromptSet
 from visalign.scoring import Panel, Reward
+from visalign.snapshots import Average
 from visalign.tracking import Tracker
 
 Defaults = Mapping[str, Mapping[str, Any]]  # section of a recipe -> key -> value

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.toy_recipes import closeness, credited, forward
-from visalign.policy import swapped
+from visalign.snapshots import swapped
 from visalign.trainers.raft import best, differs, exponential
 
 NAN = math.nan

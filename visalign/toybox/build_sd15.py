@@ -122,5 +122,5 @@ def train(pipeline: Any, latents: Tensor, prompts: list[str], work: Path, device
         keep = min(0.998, (1 + step) / (10 + step))
         for mean, value in zip(average.parameters(), model.parameters(), strict=True):
             mean.lerp_(value.detach(), 1 - keep)
-        progress.note = {"loss": 0.98 * progress.note.get("loss", loss.item()) + 0.02 * loss.item()}
+        progress.note = {"loss": progress.smoothed("loss", loss.item(), 0.98)}
     pipeline.register_modules(unet=average.unet, text_encoder=average.text_encoder)

@@ -189,7 +189,7 @@ def train(pipeline: Any, data: Data, work: Path, device: torch.device) -> None:
         keep = min(0.995, (1 + step) / (10 + step))
         for mean, value in zip(average.parameters(), student.parameters(), strict=True):
             mean.lerp_(value.detach(), 1 - keep)
-        progress.note = {name: 0.95 * progress.note.get(name, value) + 0.05 * value for name, value in note.items()}
+        progress.note = {name: progress.smoothed(name, value, 0.95) for name, value in note.items()}
     pipeline.register_modules(transformer=average)
 
 

@@ -71,6 +71,10 @@ class Progress:
             if (step + 1) % self.every == 0 or step + 1 == total:
                 self._save(step + 1)
 
+    def smoothed(self, name: str, value: float, keep: float) -> float:
+        """A figure's moving average over steps, for `note`."""
+        return keep * self.note[name] + (1 - keep) * value if name in self.note else value
+
     def _load(self) -> int:
         if not self.path.exists():
             return 0
