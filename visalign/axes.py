@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,7 +188,11 @@ class Credit:
             return credits.step_advantages(signal, groups, std=section.std, floor=section.floor, moments=moments, **scale)
         if section.kind == "value":
             instant = self._values(drawn)[:, before + 1]
-            anchor = {"anchor": section.anchor, "anchor_steps": section.anchor_steps, "steps": trajectory.steps.to(total.device)}
+            anchor: dict[str, Any] = {
+                "anchor": section.anchor,
+                "anchor_steps": section.anchor_steps,
+                "steps": trajectory.steps.to(total.device),
+            }
             return credits.value_advantages(instant, groups, gamma=section.discount, **anchor, **scale)
         if section.kind == "tree":
             return credits.tree_advantages(total, trajectory.node.to(total.device), before, groups, **scale)
