@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +86,109 @@ class Exploration:
         """Denoise the prompts of a training step."""
         section, plan = self.section, self.plan(step)
         common = {"steps": self.steps, "seed": self.seed, "batch": batch, "guidance": guidance, "dynamics": dynamics}
+        if section.kind == "tree":
+            return tree_rollout(policy, prompts, condition, plan=plan, spread=section.spread, keep_predictions=keep_predictions, **common)
+        if section.kind == "one_branch":
+            prompts, branch = branch_cells(prompts, range(*self.span()), section.seeds)
+            return one_branch_rollout(policy, prompts, condition, branch=branch, keep_predictions=keep_predictions, **common)
+        return rollout(policy, prompts, condition, plan=plan, keep_predictions=keep_predictions, **common)
+
+    def trained(self, rollout: Rollout, step: int) -> Tensor:
+        """(N, S) bool: every recorded transition once, less what a tree prunes."""
+        chosen, prune = rollout.trajectory.distinct(), self.section.prune
+        if self.section.kind != "tree":
+            return chosen
+        assert rollout.advantages is not None
+        depths = frozenset(prune.depth)
+        if prune.every:
+            depths = pruned_depths(step, depths, prune.stop, prune.every)
+        return chosen & pruned(rollout.advantages, rollout.trajectory, self.plan(step), depth=depths, width=prune.width, share=prune.share)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Which reward each recorded step answers for."""
+
+    section: CreditSection
+    panel: Panel
+
+    @property
+    def dense(self) -> bool:
+        """Whether intermediate states must be completed and scored."""
+        return self.section.kind in ("gain", "value", "residual")
+
+    def check(self) -> None:
+        """Refuse rewards that this credit is not defined for."""
+        if self.section.aggregation == "gdpo" and (self.dense or self.section.kind == "tree"):
+            raise UserError(
+                f"credit.aggregation=gdpo normalises terminal rewards; credit.kind={self.section.kind} needs credit.aggregation=sum"
+            )
+        if unknown := sorted(set(self.section.noise_floor) - set(self.panel.rewards)):
+            raise UserError(f"credit.noise_floor.{unknown[0]}: no such reward{nearest(unknown[0], list(self.panel.rewards))}")
+        if self.section.kind != "value":
+            return
+        for alias, reward in self.panel.rewards.items():
+            if reward.spec.range[0] < 0 or self.panel.weights[alias] < 0:
+                raise UserError(
+                    f"credit.kind=value needs rewards that are never negative; {alias} lies in {list(reward.spec.range)} with weight "
+                    f"{self.panel.weights[alias]:g}: use credit.kind=gain, or another reward"
+                )
+
+    @torch.no_grad()
+    def values(self, policy: Policy, drawn: Rollout, *, guidance: float, batch: int, plan: StepPlan) -> tuple[Tensor, float]:
+        """(N, K) the reward of the picture that each stored state leads to, and the number of pictures scored for it per sample.
+
+        A state that several samples share is completed and scored once. Where Euler steps alone follow the last state, its completion
+        is the sample itself, already scored; a residual has the sample there in any case.
+        """
+        section, trajectory = self.section, drawn.trajectory
+        steps = 1 if section.kind == "value" else section.completion
+        straight = section.solver == "euler" and plan.finish is None and not any(plan.stochastic[plan.recorded[-1] + 1 :])
+        known = section.kind == "residual" or (steps is None and straight)
+        options = {"batch": batch, "steps": steps, "solver": section.solver, "reuse_final": known}
+        latents = complete(policy, trajectory, drawn.condition, guidance, **options)
+        owner = trajectory.owner()
+        fresh = owner == torch.arange(len(owner), device=owner.device)[:, None]
+        if known:
+            fresh[:, -1] = False
+        rows, columns = fresh.nonzero().unbind(1)
+        total = drawn.rewards["total"]
+        found = torch.full(fresh.shape, torch.nan, device=total.device)
+        for row, column in zip(rows.split(batch), columns.split(batch), strict=True):
+            prompts = drawn.prompts.take(row.cpu())
+            pictures = decode(policy, latents[row, column], batch)
+            scored = self.panel.score(RewardInput(pictures, prompts.texts, prompts.metadata, groups=prompts.groups))
+            found[row, column] = scored.by_name()["total"].to(found)
+        found = found.gather(0, owner.to(found.device))
+        if known:
+            found[:, -1] = total
+        return found, len(rows) / len(owner)
+
+    def advantages(self, drawn: Rollout, moments: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, S): one number per sample and recorded step, times the sample's weight where a reward gives one.
+
+        The weight comes after all normalisation, which would divide it out again. Samples that share a step of a tree answer for it
+        together: there it is their mean.
+        """
+        found = self._advantages(drawn, moments)
+        if drawn.weights is None:
+            return found
+        owner = drawn.trajectory.owner()[:, drawn.trajectory.before + 1].to(found.device)
+        weights = drawn.weights.to(found)[:, None].expand_as(found)
+        return found * torch.zeros_like(found).scatter_reduce(0, owner, weights, "mean", include_self=False).gather(0, owner)
+
+    def _advantages(self, drawn: Rollout, moments: Callable[[Tensor], Tensor]) -> Tensor:
+        section, trajectory, total = self.section, drawn.trajectory, drawn.rewards["total"]
+        groups, before = drawn.prompts.groups.to(total.device), trajectory.before.to(total.device)
+        scale = {"epsilon": section.epsilon, "clip": section.clip}
+        if section.kind in ("gain", "residual"):
+            values = self._values(drawn)
+            signal = credits.gains(values, before) if section.kind == "gain" else credits.residuals(total, values, before)
+            return credits.step_advantages(signal, groups, std=section.std, floor=section.floor, moments=moments, **scale)
+        if section.kind == "value":
+            instant = self._values(drawn)[:, before + 1]
+            anchor, few, steps = section.anchor, section.anchor_steps, trajectory.steps.to(total.device)
+            return credits.value_advantages(instant, groups, gamma=section.discount, anchor=anchor, anchor_steps=few, steps=steps, **scale)
         if section.kind == "tree":
             return tree_rollout(policy, prompts, condition, plan=plan, spread=section.spread, keep_predictions=keep_predictions, **common)
         if section.kind == "one_branch":
