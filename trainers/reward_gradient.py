@@ -29,7 +29,6 @@ from pydantic import Field
 from torch import Tensor
 
 from visalign.backprop import denoise, predict
-from visalign.composite import Composite
 from visalign.config import AtLeastZero, Fraction, Positive
 from visalign.errors import UserError
 from visalign.losses import Loss, velocity_kl
@@ -38,7 +37,6 @@ from visalign.paths import endpoints, mix
 from visalign.pathwise import Judged, Verdict, Walk, joined, judge, trajectory
 from visalign.references import References
 from visalign.rollout import Condition, Minibatch, Prompts, Rollout
-from visalign.scoring import Reward
 from visalign.trainer import Session, Trainer
 
 PICTURES = 4  # of a prompt, at most, to start from
@@ -75,6 +73,10 @@ class RewardGradient(Trainer):
         self.pictures = None if source in (None, "own") else References("trainer.clean", source, PICTURES, self._with_latents)
         if self.settings.kl:
             self.policy.keep_reference()
+
+    @classmethod
+    def climbs(cls, settings: Config) -> bool:
+        return True
 
     # --- collect -------------------------------------------------------------------------------------------------------
 
@@ -243,11 +245,8 @@ class RewardGradient(Trainer):
         for alias, reward in panel.rewards.items():
             spec = reward.spec
             views |= "views" in spec.needs
-            if panel.weights[alias] and not spec.differentiable:
-                raise UserError(
-                    f"rewards.{alias}: {' of '.join(_without_gradient(reward))} has no gradient; use one that has, such as clip_score, or "
-                    "an algorithm that needs none, such as flow_grpo"
-                )
+            if panel.weights[alias] and not spec.differentiable:  # with these options; its class alone was asked before it was loaded
+                raise UserError(f"rewards.{alias}: {spec.name} has no gradient; use one that has, such as clip_score, or weight 0")
             if spec.scope != "point" and self.settings.micro_batch % self.settings.group_size:
                 raise UserError(
                     f"trainer.micro_batch={self.settings.micro_batch}: {spec.name} compares the pictures of a group, so it must be a "
@@ -261,9 +260,3 @@ class RewardGradient(Trainer):
 
 def _goal(settings: RewardGradient.Config) -> str:
     return "none" if settings.objective == "reward" else "a number"
-
-
-def _without_gradient(reward: Reward) -> list[str]:
-    """Names of a reward and of what it holds, down to the member that isn't differentiable."""
-    inner = [r for r in reward.panel.rewards.values() if not r.spec.differentiable] if isinstance(reward, Composite) else []
-    return [reward.spec.name, *(_without_gradient(inner[0]) if inner else [])]
