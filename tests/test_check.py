@@ -34,6 +34,10 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
         clip, detector = tiny_clip(folder / "clip"), tiny_detector(folder / "detector")
         words += [f"rewards.geneval.checkpoint={detector}", f"rewards.geneval.color_checkpoint={clip}", "rewards.geneval.short_side=64"]
         words += ["eval.rewards={jpeg: 1.0}"]
+    if name == "reward_gradient_sd35_hps":
+        words += ["policy.steps=10", "trainer.depth=[1,10]"]  # in half precision the rounding of 50 random steps adds up
+    if name.startswith("noise_hypernet"):
+        words += [f"rewards={{pickscore: {{use: pickscore, checkpoint: {tiny_clip(folder / 'clip')}}}}}", "eval.rewards={jpeg: 1.0}"]
     if "hps" in name:
         words += [f"rewards.hps.checkpoint={tiny_clip(folder / 'clip')}", "eval.rewards={jpeg: 1.0}"]
     if "directional" in name:
@@ -50,7 +54,7 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
     return config.load(name, words)
 
 
-@pytest.mark.parametrize("name", [name for name in config.packaged() if "toybox" not in name])
+@pytest.mark.parametrize("name", [name for name in config.packaged() if not name.startswith(("toybox", "noise_optimization"))])
 def test_published_recipes_pass_on_a_tiny_folder_of_their_classes(name: str, tiny_sd3: Path, tiny_sd15: Path, tmp_path: Path) -> None:
     findings = list(check.run(on_tiny_models(name, tiny_sd15 if "sd15" in name else tiny_sd3, tmp_path)))
     assert len(findings) == len(check.CHECKS)

@@ -145,7 +145,7 @@ def test_the_trainers_own_section_is_checked_alike(recipe: Path) -> None:
         ("toybx", "did you mean toybox?"),
         ("configs/toybox_ful.yaml", "did you mean toybox_full?"),
         ("elsewhere/toybox.yaml", "no config 'elsewhere/toybox.yaml'"),  # a wrong path is not quietly another file
-        ("zzz", "known: branch_grpo_sd35_pickscore, "),
+        ("zzz", "known: awm_sd35_pickscore, "),
     ],
 )
 def test_a_missing_file_names_the_nearest_recipe(name: str, word: str) -> None:
