@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "condition": {"references": "toybox"},
     "dino": {"references": "toybox"},
     "directional": {"of": CLIP},
-    "gate": {"of": {"clip_score": 1.0, "toybox": 1.0}, "gate": "toybox"},
+    "gate": {"of": {"clip_score": 1.0, "toybox": 1.0}, "gate": "toybox", "threshold": 0.5},
     "geometric": {"of": {"clip_score": 1.0, "toybox": 1.0}},
     "lambda_harmonic": {"references": "toybox"},
     "listener": {"listener": "toybox/vlm_small"},

@@ -33,7 +33,7 @@ REFERENCES, SHOWN, MEASURED = 200, 8, 128  # pictures
 BAND = 0.55, 0.9  # in which a head's accuracy should stay
 HEAD: dict[str, Any] = {"lr": 1e-3, "max_accuracy": 0.85, "count": 4}
 RECIPE: dict[str, Any] = {"policy.train": [], "trainer.depth": 2, "trainer.prompts": 16, "trainer.micro_batch": 16}
-RECIPE |= {"optimizer.lr": 5e-4, "optimizer.final_lr": 5e-5}
+RECIPE |= {"optimizer.lr": 5e-5, "optimizer.final_lr": 5e-6, "trainer.kl": 0.0}
 
 
 def references(style: str, folder: Path) -> Path:
