@@ -26,9 +26,9 @@ DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "matching", "noise", "calibration", "whiteness"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures", "heads"}
 ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader", "vision", "replay"}
-ACTING |= {"snapshots", "backprop", "climbing", "pathwise", "shifted_noise"}
+ACTING |= {"snapshots", "backprop", "climbing", "pathwise", "shifted_noise", "pipeline_family"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
-PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience", "rewarding"}
+PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "base_pictures", "patience", "rewarding", "sources"}
 PLUMBING |= {"loop", "preferences", "feedback", "forward_process", "searches", "findings", "tasks", "guiding", "borrowing"}
 TRAINING = {"sampling", "scoring", "features", "judges", "heads", "loop", "trainer", "config", "axes", "preferences", "feedback"}
 TRAINING |= {"distributed", "questions", "backprop", "noise", "forward_process", "solvers", "policy", "references"}
@@ -41,7 +41,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "mathematics": DATA,
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
-    "families": {"policy", "paths", "preprocess", "schedules", "rollout", "sampling", "pictures"},
+    "families": {"policy", "pipeline_family", "paths", "preprocess", "schedules", "rollout", "sampling", "pictures"},
     "references": {"pictures", "preprocess", "scoring", "toybox"},
     "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
     "steering": DATA

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from visalign import registry
+from visalign import registry, sources
 from visalign.config import RewardSection
 from visalign.errors import UserError
 from visalign.families.toy import Toy
@@ -75,7 +75,7 @@ def test_every_file_loads_by_its_stem(kind: str, name: str) -> None:
     found = registry.load(kind, name)
     assert issubclass(found, BASES[kind])
     assert found.__module__ == f"visalign.{kind}.{name}"
-    assert registry.summary(kind, name).strip("."), "the first line of the module says what it is"
+    assert sources.summary(kind, name).strip("."), "the first line of the module says what it is"
     assert registry.load(kind, name) is found
 
 
@@ -279,3 +279,8 @@ def test_auto_checkpoint_is_resolved_inside_wrappers_and_said(monkeypatch: pytes
     assert found.options == {"of": {"sure": sure, "toybox": {"use": "toybox", "weight": 2.0}}}
     assert "visalign: safe.of.sure.of: the hub can't be reached" in capsys.readouterr().err
     assert registry.resolved({"safe": found}, "some/model") == {"safe": found}, "a choice once made stays"
+
+
+@pytest.mark.parametrize("name", registry.names("families"))
+def test_what_a_family_wraps_is_read_without_importing_it(name: str) -> None:
+    assert (sources.constant("families", name, "pipeline_classes") or ()) == registry.load("families", name).pipeline_classes

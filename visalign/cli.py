@@ -235,7 +235,7 @@ def _blend(word: str) -> tuple[Path, float]:
 
 
 def _list(parsed: argparse.Namespace) -> int:
-    from visalign import config, registry
+    from visalign import config, registry, sources
 
     if parsed.kind == "schema":
         print(json.dumps(config.schema(), indent=2))
@@ -244,7 +244,7 @@ def _list(parsed: argparse.Namespace) -> int:
         print(f"{kind}:")
         names = config.packaged() if kind == "configs" else registry.names(kind)
         for name in names:
-            text = config.purpose(name) if kind == "configs" else registry.summary(kind, name)
+            text = config.purpose(name) if kind == "configs" else sources.summary(kind, name)
             print(f"  {name:<28} {text}")
     return 0
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import os
 import socket
@@ -20,6 +19,7 @@ from urllib.parse import urlparse
 import torch
 from pydantic import BaseModel, ConfigDict, create_model
 
+from visalign import sources
 from visalign.composite import Members
 from visalign.config import RewardSection, expand_rewards, validate
 from visalign.errors import UserError
@@ -74,12 +74,6 @@ def load(kind: str, name: str) -> type[Any]:
     if len(classes) != 1:
         raise RuntimeError(f"{module.__file__} must define exactly one {base.__name__}, found {len(classes)}")
     return classes[0]
-
-
-def summary(kind: str, name: str) -> str:
-    """First line of a plug-in's module docstring."""
-    text = (files(f"visalign.{kind}") / f"{name}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]  # read, not imported: it may need a library that is missing
 
 
 def checked(kind: type[Any], options: dict[str, Any], where: str, skip: int = 0, built: Sequence[str] = ()) -> dict[str, Any]:
@@ -176,7 +170,7 @@ def _pipeline_class(path: str) -> str:
 
 
 def _family_of(pipeline_class: str, source: str) -> str:
-    known = {wrapped: name for name in names("families") for wrapped in load("families", name).pipeline_classes}
+    known = {wrapped: name for name in names("families") for wrapped in sources.constant("families", name, "pipeline_classes") or ()}
     if pipeline_class not in known:
         raise UserError(f"{source} is a {pipeline_class}; known pipelines: {', '.join(sorted(known))}")
     return known[pipeline_class]

@@ -73,7 +73,8 @@ class Condition(Sliceable):
     Attributes:
         index: (N,) int64.
         tensors: name -> (U, ...).
-        negative: name -> (1, ...), what the unconditional half of classifier-free guidance has instead; None for models without it.
+        negative: name -> (1, ...), what the unconditional half of classifier-free guidance has instead, or (U, ...) where that depends on
+            the sample's condition too; None for models without it.
     """
 
     index: Tensor
@@ -93,8 +94,9 @@ class Condition(Sliceable):
     def unconditional(self) -> dict[str, Tensor]:
         """name -> (N, ...), the negative prompt repeated; what it doesn't name, such as a control picture, is the sample's own."""
         assert self.negative is not None, "this model has no unconditional half"
-        shared = {name: value.expand(len(self), *value.shape[1:]) for name, value in self.negative.items()}
-        return shared | {name: value[self.index.to(value.device)] for name, value in self.tensors.items() if name not in shared}
+        own = {name: value for name, value in self.tensors.items() if name not in self.negative}
+        shared = {name: value.expand(len(self), *value.shape[1:]) for name, value in self.negative.items() if len(value) == 1}
+        return shared | {name: value[self.index.to(value.device)] for name, value in (self.negative | own).items() if name not in shared}
 
 
 @dataclass(frozen=True)

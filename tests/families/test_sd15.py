@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from tests import tiny_models
+from tests.families.conformance import Conformance, scramble
 from visalign import api, build, config, registry
 from visalign.errors import UserError
 from visalign.noise import gaussian
@@ -37,14 +38,6 @@ def policy(tiny_sd15: Path) -> Policy:
     return registry.load_policy(str(tiny_sd15))
 
 
-def scramble(policy: Policy, scale: float = 0.05) -> None:
-    """Move what learns away from its start, where an adapter does nothing."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trainable():
-            parameter.add_(scale * torch.randn_like(parameter))
-
-
 def stock(folder: Path, **scheduler: Any) -> Any:
     """The stock pipeline under DDIM, without visalign."""
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -60,18 +53,12 @@ def drawn(pipeline: Any, policy: Policy, prompts: Prompts, steps: int, guidance:
     return pipeline(prompt=prompts.texts, **options).images
 
 
-@pytest.mark.parametrize("side", [32, 48])
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("count", [1, 3])
-def test_noise_free_sample_equals_stock_diffusers(tiny_sd15: Path, side: int, guidance: float, count: int) -> None:
-    policy, prompts = registry.load_policy(str(tiny_sd15), resolution=side), Prompts.of(TEXTS[:count])
-    ours = pictures(policy, prompts, steps=4, seed=3, guidance=guidance)
-    theirs = drawn(stock(tiny_sd15), policy, prompts, 4, guidance, height=side, width=side)
-    assert ours.shape == (count, 3, side, side)
-    assert (ours - theirs).abs().max() < 1e-5
-    noise = gaussian(policy.family.latent_shape, 3, prompts.noise_ids, 0)
-    assert torch.equal(policy.family.stock(prompts.texts, noise, 4, guidance), theirs)
-    assert ours.std() > 0.01
+class TestSD15(Conformance):
+    build = staticmethod(tiny_models.sd15)
+    part = "mid_block"
+
+    def stock(self, folder: Path) -> Any:
+        return stock(folder)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +113,6 @@ def test_guidance_leads_away_from_the_negative_prompt(tiny_sd15: Path) -> None:
     assert (ours - drawn(stock(tiny_sd15), policy, prompts, 3, 4.0)).abs().max() > 1e-4
 
 
-def test_unique_prompts_are_encoded_once_and_rows_keep_their_order(policy: Policy) -> None:
-    condition = policy.family.encode(TEXTS)
-    assert len(condition.tensors["text"]) == 2
-    assert condition.index.tolist() == [0, 1, 0]
-
-
 def test_replay_of_ddims_noise_has_a_ratio_of_one_and_the_published_std(policy: Policy) -> None:
     prompts, dynamics = Prompts.of(TEXTS), Dynamics("ddim", 1.0)
     condition = policy.family.encode(prompts.texts)
@@ -144,38 +125,6 @@ def test_replay_of_ddims_noise_has_a_ratio_of_one_and_the_published_std(policy: 
         assert torch.equal(law.log_prob(chain.latents[:, k + 1]), chain.log_probs[:, k])
         assert float(law.std.flatten()[0]) == pytest.approx(float(scheduler._get_variance(int(now[0]), int(after[0]))) ** 0.5, rel=1e-4)
     assert chain.log_probs.exp().isfinite().all()
-
-
-def test_decode_is_differentiable_and_bounded(policy: Policy) -> None:
-    latents = torch.randn(1, *policy.family.latent_shape, requires_grad=True)
-    images = policy.family.decode(latents)
-    images.mean().backward()
-    assert latents.grad is not None
-    assert latents.grad.abs().sum() > 0
-    assert 0 <= images.min() <= images.max() <= 1
-
-
-def test_exported_lora_with_alpha_twice_its_rank_draws_the_same_in_stock_diffusers(policy: Policy, tiny_sd15: Path, tmp_path: Path) -> None:
-    policy.add_lora(4, 8)
-    scramble(policy, 0.2)
-    prompts = Prompts.of(TEXTS)
-    ours = pictures(policy, prompts, steps=3, seed=3)
-    assert build.export(policy, tmp_path / "lora") == "adapter"
-    pipeline = stock(tiny_sd15)
-    before = drawn(pipeline, policy, prompts, 3, 1.0)
-    pipeline.load_lora_weights(tmp_path / "lora")
-    theirs = drawn(pipeline, policy, prompts, 3, 1.0)
-    assert (theirs - before).abs().max() > 1e-3
-    assert (theirs - ours).abs().max() < 1e-5
-
-
-def test_merged_export_is_a_whole_pipeline(policy: Policy, tmp_path: Path) -> None:
-    policy.add_lora(4, 8)
-    scramble(policy, 0.2)
-    prompts = Prompts.of(TEXTS)
-    ours = pictures(policy, prompts, steps=3, seed=3)
-    assert build.export(policy, tmp_path / "merged", merge=True) == "pipeline"
-    assert (drawn(stock(tmp_path / "merged"), policy, prompts, 3, 1.0) - ours).abs().max() < 1e-4
 
 
 # --- algorithms --------------------------------------------------------------------------------------------------------
@@ -261,7 +210,7 @@ def test_a_saved_controlled_pipeline_loads_by_its_index(tiny_sd15: Path, control
 
 
 def test_what_a_controlnet_lacks_is_one_line(tiny_sd15: Path, control: Path) -> None:
-    with pytest.raises(UserError, match="prompt 'two red circles' has no control picture"):
+    with pytest.raises(UserError, match="prompt 'two red circles' has no picture: this model needs `condition`"):
         registry.load_policy(str(tiny_sd15), controlnet=str(control)).family.encode(TEXTS)
     with pytest.raises(UserError, match="learn=controlnet: this pipeline has none"):
         registry.load_policy(str(tiny_sd15), learn="controlnet")

@@ -10,7 +10,7 @@ import torch
 
 from tests.steering.conftest import Run
 from tests.toy_rewards import Closeness, Flaky
-from visalign import registry
+from visalign import registry, sources
 from visalign.drawing import listed
 from visalign.errors import UserError
 from visalign.findings import Budget
@@ -28,7 +28,7 @@ STEPS = 6
 def test_every_file_is_a_method_that_says_what_it_is() -> None:
     assert registry.names("steering") == METHODS
     for name in METHODS:
-        assert registry.summary("steering", name).strip()
+        assert sources.summary("steering", name).strip()
         assert registry.load("steering", name)().name == name
 
 
