@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from visalign.paths import Flow, Path, VariancePreserving, combine, endpoints, expand, gain, mix, noise_gap, prediction_from, renoise
+from visalign.paths import (
+    Flow,
+    Path,
+    Trigonometric,
+    VariancePreserving,
+    combine,
+    endpoints,
+    expand,
+    gain,
+    mix,
+    noise_gap,
+    prediction_from,
+    renoise,
+)
+from visalign.transitions import cps, kernel
 
 TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 CASES: dict[str, tuple[Path, Tensor]] = {
     "flow": (Flow(), torch.tensor([1.0, 0.7, 0.01], dtype=torch.float64)),
     "epsilon": (VariancePreserving(TABLE, "epsilon"), torch.tensor([999.0, 400.5, 0.0], dtype=torch.float64)),
     "v": (VariancePreserving(TABLE, "v"), torch.tensor([999.0, 400.5, -1.0], dtype=torch.float64)),
+    "trigonometric": (Trigonometric(), torch.tensor([1.5708, 1.3, 0.0], dtype=torch.float64)),
 }
 
 
@@ -61,6 +78,33 @@ def test_gain_in_the_closed_form_of_each_prediction(name: str) -> None:
 def test_gain_of_euler_is_the_step() -> None:
     t, t_next = torch.tensor([1.0, 0.5], dtype=torch.float64), torch.tensor([0.8, 0.0], dtype=torch.float64)
     assert_close(gain(Flow(), 1 - t_next, t_next, t), t_next - t)
+
+
+def test_the_angle_is_the_time_and_the_derivative_the_prediction() -> None:
+    path, t = CASES["trigonometric"]
+    clean, noise = latents(0), latents(1)
+    x, slope = torch.func.jvp(lambda time: mix(path, clean, noise, time), (t,), (torch.ones_like(t),))
+    assert_close(slope, prediction_from(path, clean, noise, t), rtol=1e-12, atol=1e-12)
+    turned = combine(path, x, slope, (t - 0.2).cos(), (t - 0.2).sin(), t)  # the exact solution of the ODE for one clean sample
+    assert_close(turned, mix(path, clean, noise, t - 0.2), rtol=0, atol=1e-12)
+    t_next = torch.tensor([1.3, 0.9, -0.4], dtype=torch.float64)
+    assert_close(gain(path, t_next.cos(), t_next.sin(), t), -(t - t_next).sin(), rtol=0, atol=1e-12)
+
+
+def test_steps_of_the_stock_consistency_scheduler_are_cps_at_level_one() -> None:
+    from diffusers import SCMScheduler
+
+    scheduler, path = SCMScheduler(sigma_data=0.5), Trigonometric()
+    scheduler.set_timesteps(4, max_timesteps=1.57080, intermediate_timesteps=None)
+    x, generator = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    own, stock, again = x, x * 0.5, torch.Generator().manual_seed(1)
+    for t, t_next in pairwise(scheduler.timesteps):
+        said = torch.sin(3 * own + t)
+        stock, clean = scheduler.step(torch.sin(6 * stock + t) * 0.5, t, stock, generator=generator, return_dict=False)
+        law = kernel(path, own, said, t, t_next, cps(path, t, t_next, 1.0))
+        assert_close(endpoints(path, own, said, t)[0], clean / 0.5, rtol=0, atol=1e-5)
+        own = law.draw(torch.randn(x.shape, generator=again))
+        assert_close(own, stock / 0.5, rtol=0, atol=1e-5)
 
 
 def test_table_times() -> None:

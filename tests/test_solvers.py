@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from visalign.families.toy import Toy
 from visalign.noise import gaussian
-from visalign.paths import VariancePreserving, endpoints
+from visalign.paths import Trigonometric, VariancePreserving, endpoints
 from visalign.policy import Policy
 from visalign.rollout import Prompts, Trajectory
 from visalign.sampling import Dynamics, rollout
@@ -104,6 +104,13 @@ def test_dpm2m_on_a_variance_preserving_path(end: int) -> None:
     assert missed[-1] < 2e-3
     if end > 0:
         assert order(missed) == pytest.approx(2, abs=0.1)
+
+
+def test_dpm2m_after_a_start_just_beyond_pure_noise_is_of_first_order() -> None:
+    path, x, clean = Trigonometric(), torch.ones(2, 3), torch.full((2, 3), 0.5)
+    before, t, t_next = torch.tensor([1.5708, 1.3, 0.9])  # the first is more than π/2, as SANA-Sprint's is
+    first = dpm2m(path, x, clean, t, t_next, None)
+    assert torch.equal(dpm2m(path, x, clean, t, t_next, (before, clean + 1)), first)
 
 
 @torch.no_grad()

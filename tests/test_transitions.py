@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from visalign.paths import Flow, Path, VariancePreserving, expand, gain
+from visalign.paths import Flow, Path, Trigonometric, VariancePreserving, expand, gain
 from visalign.schedules import flow_match_euler, linear, shifted
 from visalign.transitions import TRANSITIONS, Gaussian, Step, Transition, cps, dance_sde, ddim, dpm_sde, flow_sde, kernel, log_ratio, ode
 
@@ -77,10 +77,9 @@ def test_kernel_equals_the_published_form(name: str, level: float, published: Ca
 
 
 @pytest.mark.parametrize("function", [ode, ddim, cps, dpm_sde])
-@pytest.mark.parametrize("path", [FLOW, VariancePreserving(TABLE)])
-def test_coefficient_preserving(function: Transition, path: Path) -> None:
-    t = SIGMA if path is FLOW else 999 * SIGMA
-    t_next = SIGMA_NEXT if path is FLOW else 999 * SIGMA_NEXT
+@pytest.mark.parametrize(("path", "scale"), [(FLOW, 1), (VariancePreserving(TABLE), 999), (Trigonometric(), math.pi / 2)])
+def test_coefficient_preserving(function: Transition, path: Path, scale: float) -> None:
+    t, t_next = scale * SIGMA, scale * SIGMA_NEXT
     step = function(path, t, t_next, 0.6)
     alpha, sigma = path.coefficients(t_next)
     assert_close(step.c**2 + step.std**2, sigma**2, **EXACT)
@@ -90,6 +89,12 @@ def test_coefficient_preserving(function: Transition, path: Path) -> None:
 def test_flow_sde_is_dance_sde_with_another_diffusion() -> None:
     inner, inner_next = SIGMA[1:], SIGMA_NEXT[1:]
     assert_close(flow_sde(FLOW, inner, inner_next, 0.7), dance_sde(FLOW, inner, inner_next, 0.7 * (inner / (1 - inner)).sqrt()), **EXACT)
+
+
+@pytest.mark.parametrize("first", [1 - 1e-7, 3 * 0.999 / (1 + 2 * 0.999)])  # one rounding error below 1; Sana's grid
+def test_flow_sde_starts_alike_just_below_one(first: float) -> None:
+    exact, nearly = (flow_sde(FLOW, torch.tensor([t]).double(), SIGMA_NEXT[:1], 0.7) for t in (1.0, first))
+    assert_close(nearly, exact, rtol=0, atol=5e-3)
 
 
 def test_gain_of_the_sdes() -> None:

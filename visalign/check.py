@@ -86,15 +86,20 @@ def collected(trainer: Trainer) -> Rollout:
 
 
 class OneBatch(Policy):
-    """A policy in the stock pipelines' batch shape: guidance would amplify the rounding by which another shape differs."""
+    """A policy in the stock pipelines' batch shape: guidance would amplify the rounding by which another shape differs.
+
+    Halves of different lengths stay apart, as there.
+    """
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False) -> Tensor:
         if guidance == 1.0 or condition.negative is None:
             return super().predict(x, sigma, condition, guidance, through_guidance=through_guidance)
         halves = condition.unconditional(), condition.positive()
+        if any(value.shape != halves[1][name].shape for name, value in halves[0].items()):
+            return super().predict(x, sigma, condition, guidance, through_guidance=through_guidance)
         both = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
         unconditional, conditional = self._forward(x.repeat(2, *(1 for _ in x.shape[1:])), sigma.repeat(2), both).chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        return self.family.guide(conditional, unconditional, guidance, sigma)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,20 @@ class Flow(Path):
         return 1 - t, t
 
 
+class Trigonometric(Path):
+    """TrigFlow (arXiv 2410.11081, Sec. 3): x = cos t·clean + sin t·noise; times are angles from π/2 to 0; predicts v = dx/dt.
+
+    Published with clean and noise of a standard deviation σ_d, and a network F(x/σ_d, t) = v/σ_d; here everything is in units of σ_d, which
+    is then nowhere to be seen. A student of SANA-Sprint (arXiv 2503.09641) draws by x' = cos t'·x̂0 + sin t'·ε: `visalign.transitions.cps`
+    at level 1.
+    """
+
+    prediction: Prediction = "v"
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return t.cos(), t.sin()
+
+
 @dataclass(frozen=True, eq=False)
 class VariancePreserving(Path):
     """Discrete diffusion: x = √ᾱ·clean + √(1-ᾱ)·noise.

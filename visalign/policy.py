@@ -63,6 +63,11 @@ class Family(ABC):
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """One denoiser forward: x (N, ...), times sigma (N,), condition name -> (N, ...); prediction (N, ...)."""
 
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float, sigma: Tensor) -> Tensor:
+        """Both halves (N, ...) float32 of classifier-free guidance at times sigma (N,) as one prediction: v_u + w (v_c - v_u)."""
+        del sigma
+        return unconditional + guidance * (conditional - unconditional)
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """(N, ...) latents to (N, 3, H, W) pictures in [0, 1]; differentiable."""
@@ -144,7 +149,7 @@ class Policy:
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0, *, through_guidance: bool = False) -> Tensor:
         """The model's prediction (N, ...) float32 at x (N, ...), times sigma (N,).
 
-        With classifier-free guidance both halves are batches of N of their own, in rollout and replay alike: v = v_u + w (v_c - v_u).
+        With classifier-free guidance both halves are batches of N of their own, in rollout and replay alike, and `Family.guide` joins them.
         The unconditional half stays outside the autograd graph, unless gradients are to flow `through_guidance`.
         """
         conditional = self._forward(x, sigma, condition.positive())
@@ -154,7 +159,7 @@ class Policy:
             raise UserError(f"guidance {guidance:g}: {self.name} has no unconditional half to guide away from; use guidance 1")
         with torch.set_grad_enabled(through_guidance and torch.is_grad_enabled()):
             unconditional = self._forward(x, sigma, condition.unconditional())
-        return unconditional + guidance * (conditional - unconditional)
+        return self.family.guide(conditional, unconditional, guidance, sigma)
 
     def _forward(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         self.nfe += len(x)

@@ -71,7 +71,8 @@ def dpm2m(path: Path, x: Tensor, clean: Tensor, t: Tensor, t_next: Tensor, previ
     (alpha, sigma), (alpha_next, sigma_next) = (path.coefficients(time.double()) for time in (t, t_next))
     if previous is not None:
         alpha_before, sigma_before = path.coefficients(previous[0].double())
-        lambdas = [(a / s).log() for a, s in ((alpha_before, sigma_before), (alpha, sigma), (alpha_next, sigma_next))]
+        pairs = (alpha_before, sigma_before), (alpha, sigma), (alpha_next, sigma_next)
+        lambdas = [(a.clamp(min=0) / s).log() for a, s in pairs]  # a grid may start a rounding error beyond pure noise
         weight = torch.where(sigma_next > 0, (lambdas[2] - lambdas[1]) / (2 * (lambdas[1] - lambdas[0])), 0.0)
         clean = clean + expand(weight.to(clean), clean) * (clean - previous[1])
     x = wide(x)

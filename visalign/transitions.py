@@ -20,6 +20,7 @@ from torch import Tensor
 from visalign.paths import Flow, Path, combine, expand, wide
 
 Level = Tensor | float
+START = 0.998  # σ above it is a grid's first; some start a rounding error below 1, or a shifted thousandth (Sana), where s would explode
 
 
 class Step(NamedTuple):
@@ -105,15 +106,14 @@ def dance_sde(path: Path, t: Tensor, t_next: Tensor, level: Level) -> Step:
 def flow_sde(path: Path, t: Tensor, t_next: Tensor, level: Level) -> Step:
     """Flow-GRPO's SDE (arXiv 2505.05470, Eq. 9): `dance_sde` with the diffusion s = a·√(σ/(1 - σ)), a = `level`.
 
-    At σ = 1 the denominator takes σ', as the authors' code does. However fine the grid, that first step leaves 1 + a⁴/4 times the variance
-    it should; later steps forget it.
+    At σ = 1 (above `START`) the denominator takes σ', as the authors' code does. However fine the grid, that first step leaves 1 + a⁴/4
+    times the variance it should; later steps forget it.
 
     Raises:
         ValueError: the path is not a rectified flow.
     """
     sigma, sigma_next = t.double(), t_next.double()
-    # a shifted grid may start one rounding error below 1, where s would be thousands
-    denominator = 1 - torch.where(sigma > 1 - 1e-6, sigma_next, sigma)
+    denominator = 1 - torch.where(sigma > START, sigma_next, sigma)
     return _marginal_sde(path, t, t_next, level * (sigma / denominator).sqrt())
 
 
