@@ -33,11 +33,13 @@ class PipelineFamily(Family):
     Attributes:
         component: the pipeline's denoiser, by name.
         loading: what else the pipeline is loaded with.
+        patch: latents a side that the denoiser takes together; pictures have whole patches.
         needs_picture: whether each prompt comes with a picture, `metadata["condition"]`, a file or (3, H, W) in [0, 1].
     """
 
     component: ClassVar[str] = "transformer"
     loading: ClassVar[Mapping[str, Any]] = {}
+    patch: ClassVar[int] = 1
     needs_picture: bool = False
 
     def __init__(self, pipeline: Any, resolution: int | None = None, negative_prompt: str = "", step_distilled: bool | None = None):
@@ -63,16 +65,27 @@ class PipelineFamily(Family):
     def denoiser(self) -> Any:
         return getattr(self.pipeline, self.component)
 
+    @property
+    def stride(self) -> int:
+        """Pixels a side of one latent."""
+        return self.pipeline.vae_scale_factor
+
     def shape(self, side: int | None) -> tuple[int, ...]:
-        """Of one sample's latents, for pictures of `side` pixels or of the model's own size."""
-        config = self.denoiser.config
-        own = side // self.pipeline.vae_scale_factor if side else config.sample_size
+        """Of one sample's latents, for pictures of `side` pixels or of the model's own size.
+
+        Raises:
+            UserError: pictures of that size have no whole patches.
+        """
+        config, unit = self.denoiser.config, self.stride * self.patch
+        if side and side % unit:
+            raise UserError(f"policy.resolution={side}: this model draws multiples of {unit} pixels; use {max(unit, side // unit * unit)}")
+        own = side // self.stride if side else config.get("sample_size") or self.pipeline.default_sample_size
         return (config.in_channels, *((own, own) if isinstance(own, int) else own))
 
     @property
     def size(self) -> dict[str, int]:
         """Height and width of the pictures."""
-        return {name: n * self.pipeline.vae_scale_factor for name, n in zip(("height", "width"), self.latent_shape[-2:], strict=True)}
+        return {name: n * self.stride for name, n in zip(("height", "width"), self.latent_shape[-2:], strict=True)}
 
     def modules(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
