@@ -48,7 +48,7 @@ def student(seed: int, seconds: float, weight: float | None, images: int | None)
         place = lambda part: recipe.model_copy(update={"run": recipe.run.model_copy(update={"path": Path(scratch) / part})})  # noqa: E731
         step_seconds = toybox.pace(build.trainer(place("pilot")), seconds)
         trainer = build.trainer(place("run"))
-        found = toybox.train(trainer, seconds, step_seconds, {}, evaluations=1)
+        found = toybox.train(trainer, seconds, step_seconds, toybox.Judged({}, {}), evaluations=1)
     if trainer.average:
         for parameter, value in zip(trainer.parameters, trainer.average.values, strict=True):
             parameter.data.copy_(value)

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import records, toybox
 from benchmarks.records import markdown, mean_and_std
-from benchmarks.toybox_table import Run, change, load, windows
+from benchmarks.toybox_runs import Run, change, load, windows
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE, PLOT = records.RESULTS / "prdp", ROOT / "benchmarks" / "prdp.md", ROOT / "assets" / "pictures" / "prdp_runs.png"

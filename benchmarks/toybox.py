@@ -19,19 +19,20 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks import records, toybox_table
 from benchmarks.machine import describe
 from visalign import build, config, registry
 from visalign.config import Config
-from visalign.evaluation import evaluate
+from visalign.evaluation import Evaluation, evaluate
 from visalign.pictures import before_after
 from visalign.sampling import pictures
 from visalign.trainer import NonFiniteError, Trainer
@@ -96,18 +97,44 @@ class Ledger:
         return {"step": step} | {key: records.rounded(value) for key, value in (spent | judged).items()}
 
 
-def judge(trainer: Trainer) -> dict[str, float]:
+@dataclass(frozen=True)
+class Judged:
+    """What judges say of pictures.
+
+    Attributes:
+        figures: judge -> mean score, and diversity and the others.
+        right: judge that says 0 or 1 -> how many pictures of each prompt are right; and "pictures" -> how many there are of each.
+    """
+
+    figures: dict[str, float]
+    right: dict[str, list[int]]
+
+
+Judge = Callable[[Trainer], Judged]
+
+
+def judge(trainer: Trainer) -> Judged:
     """The averaged weights on the test prompts, with the same noise in all runs: strict, second_judge, diversity and the others."""
     section, policy = trainer.config.eval, trainer.config.policy
     common = {"seed": 0, "batch": section.batch, "describe": "evaluate"}
     guidance = policy.guidance if section.guidance is None else section.guidance
-    with trainer.average.weights() if trainer.average else nullcontext():
+    with trainer.averaged():
         prompts, judges = trainer.examiner.prompts, trainer.session.judges
         found = evaluate(trainer.policy, prompts, judges, steps=section.steps or policy.steps, guidance=guidance, **common)
-    return {key.removeprefix("eval/"): value for key, value in found.metrics.items() if key.startswith("eval/")}
+    figures = {key.removeprefix("eval/"): value for key, value in found.metrics.items() if key.startswith("eval/")}
+    return Judged(figures, right(found))
 
 
-def base(trainer: Trainer, folder: Path) -> dict[str, float]:
+def right(found: Evaluation) -> dict[str, list[int]]:
+    """See `Judged`; prompts in the order of their list. A verdict that failed is none that is right."""
+    prompt = found.prompts.groups.unique(return_inverse=True)[1]
+    verdicts = {alias: scores.nan_to_num(0.0) for alias, scores in found.scores.items()}
+    binary = {alias: said.long() for alias, said in verdicts.items() if torch.isin(said, torch.tensor([0.0, 1.0])).all()}
+    counted = {"pictures": torch.ones_like(prompt)} | binary
+    return {name: torch.zeros(int(prompt.max()) + 1).long().index_add(0, prompt, said).tolist() for name, said in counted.items()}
+
+
+def base(trainer: Trainer, folder: Path, judge: Judge = judge) -> Judged:
     """What the judges say before training: judged once per commit and sampler, and kept."""
     file, commit = folder / "base.json", describe()["commit"]
     unused = {"eval": {"every", "scan", "grid"}, "policy": {"lora", "ema", "gradient_checkpointing"}}
@@ -115,9 +142,9 @@ def base(trainer: Trainer, folder: Path) -> dict[str, float]:
     key = digest([commit, sections])
     known = records.read(file) if file.exists() else {}
     if key not in known:
-        known[key] = judge(trainer) | {"commit": commit}
+        known[key] = asdict(judge(trainer)) | {"commit": commit}
         records.write(file, known)
-    return {name: value for name, value in known[key].items() if name != "commit"}
+    return Judged(known[key]["figures"], known[key]["right"])
 
 
 def pace(trainer: Trainer, seconds: float) -> float:
@@ -136,10 +163,10 @@ def fit_decay(trainer: Trainer, steps: int) -> int | None:
     return steps
 
 
-def train(trainer: Trainer, seconds: float, step_seconds: float, before: dict[str, float], evaluations: int) -> dict[str, Any]:
+def train(trainer: Trainer, seconds: float, step_seconds: float, before: Judged, evaluations: int, judge: Judge = judge) -> dict[str, Any]:
     """Train until the seconds are spent; what was measured on the way."""
     ledger, calibration, rows, stopped = Ledger(), Ledger(), list[dict[str, float]](), ""
-    curve = [ledger.point(0, before)]
+    curve, last = [ledger.point(0, before.figures)], before
     with calibration.spending(trainer):
         getattr(trainer, "calibrate", lambda: None)()  # DenseGRPO's, which `fit` would do first
     decay = fit_decay(trainer, max(1, round(seconds / step_seconds)))
@@ -154,7 +181,8 @@ def train(trainer: Trainer, seconds: float, step_seconds: float, before: dict[st
                 raise
             stopped, marks = str(error), []
         if not marks or ledger.seconds >= marks[0]:
-            curve.append(ledger.point(len(rows), judge(trainer)))
+            last = judge(trainer)
+            curve.append(ledger.point(len(rows), last.figures))
             marks = [mark for mark in marks if mark > ledger.seconds]
     return {
         "steps": len(rows),
@@ -163,6 +191,7 @@ def train(trainer: Trainer, seconds: float, step_seconds: float, before: dict[st
         "decay_steps": decay,
         "stopped": stopped,
         "curve": curve,
+        "right": {name: [counts, last.right[name]] for name, counts in before.right.items()},
         "rows": columns(rows),
     }
 
@@ -177,7 +206,7 @@ def columns(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
 def portrait(trainer: Trainer) -> Tensor:
     """(8, 3, H, W): the averaged weights' pictures of the first test prompts."""
     section, policy = trainer.config.eval, trainer.config.policy
-    with trainer.average.weights() if trainer.average else nullcontext():
+    with trainer.averaged():
         prompts = trainer.examiner.prompts.take(slice(0, 8))
         return pictures(trainer.policy, prompts, steps=section.steps or policy.steps, seed=0, batch=8, guidance=policy.guidance)
 
@@ -192,6 +221,8 @@ def run(
     alias: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     picture: Path | None = None,
+    judge: Judge = judge,
+    portrait: Callable[[Trainer], Tensor] = portrait,
 ) -> dict[str, Any]:
     """Train one recipe with one seed, and write it down.
 
@@ -199,16 +230,18 @@ def run(
         alias: what the run is called; None: as its recipe.
         overrides: of the recipe.
         picture: where pictures of before and after go.
+        judge: what is asked at every evaluation.
+        portrait: what these pictures show.
     """
     recipe = load(name, seed, overrides)
     with tempfile.TemporaryDirectory() as scratch:
         place = lambda part: {"run": recipe.run.model_copy(update={"path": Path(scratch) / part})}  # noqa: E731
         pilot = build.trainer(recipe.model_copy(update=place("pilot")))
-        before = base(pilot, folder)
+        before = base(pilot, folder, judge)
         step_seconds = pace(pilot, seconds)
         trainer = build.trainer(recipe.model_copy(update=place("run")))
         first = portrait(trainer) if picture else None
-        found = train(trainer, seconds, step_seconds, before, evaluations)
+        found = train(trainer, seconds, step_seconds, before, evaluations, judge)
     if picture and first is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         before_after(first, portrait(trainer), trainer.examiner.prompts.texts[:8]).save(picture)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from benchmarks.records import markdown, mean_and_std, read
+from benchmarks import toybox_gains
+from benchmarks.records import markdown, mean_and_std
+from benchmarks.toybox_runs import FLOW, WINDOW, Run, at, by_name, change, load, pairs, per_picture, reached, title, windows
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "benchmarks" / "toybox.md", ROOT / "assets" / "pictures" / "toybox_runs.png"
 CHOSEN_ON = (0, 1, 2)
 COLLAPSED = 0.5  # share of groups without spread, averaged over a window of steps, from which on a group's spread has collapsed
-WINDOW = 5
-Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Claim:
     judge: str = "strict"
 
 
-FLOW, DANCE, DENSE, LONG = "toybox", "toybox_dance_grpo", "toybox_dense_grpo", "dense_grpo_long"
+DANCE, DENSE, LONG = "toybox_dance_grpo", "toybox_dense_grpo", "dense_grpo_long"
 COLLAPSES = ((FLOW, "toybox_vgpo"), ("strict_flow_grpo", "strict_vgpo"))  # (Flow-GRPO, VGPO) with the same reward
 APART = (LONG, *COLLAPSES[1])  # runs that answer one question only, with another time or another reward
 CLAIMS = {
@@ -55,57 +53,15 @@ CLAIMS = {
     "toybox_nft": Claim("up to 25 times Flow-GRPO's speed, GenEval 0.98 against 0.95", FLOW),
     "toybox_awm": Claim("up to 24 times Flow-GRPO's speed at its GenEval", FLOW),
     "toybox_reward_difference": Claim("as good as DDPO on 45 prompts, HPSv2 0.347 against 0.340; stable on 100,000", FLOW),
+    "toybox_raft": Claim("the best of K pictures, learnt from, raise the reward and other metrics of Stable Diffusion"),
+    "toybox_refl": Claim("58.4 % of its pictures preferred over Stable Diffusion 1.4's"),
+    "toybox_reward_gradient": Claim("DRaFT: more reward than policy gradients, in a fraction of their steps", FLOW),
+    "toybox_preference": Claim("Diffusion-DPO: preferred over SDXL by most raters, from pairs alone"),
+    "rpo_scenes": Claim("RPO: DINO 0.652 at CLIP-T 0.314 on DreamBench, by early stopping; a subject is learnt in subject.md"),
+    "toybox_cfg_distillation": Claim("quality of guidance without its second forward, and more diverse"),
+    "toybox_ctrl_u": Claim("closer to its condition than ControlNet++; measured in condition.md"),
     "toybox_flow_grpo_fast": Claim("two trained steps as good as all of Flow-GRPO's on PickScore", FLOW),
 }
-
-
-def load(folder: Path) -> list[Run]:
-    """All runs that are written down, by name and seed."""
-    return sorted((read(file) for file in folder.glob("*-*.json")), key=lambda run: (run["name"], run["seed"]))
-
-
-def title(name: str) -> str:
-    """ "toybox_dance_grpo" is "dance_grpo", and the default job says what it is."""
-    return name.removeprefix("toybox_") if name != FLOW else "flow_grpo (toybox)"
-
-
-def by_name(runs: Sequence[Run], judge: str = "strict") -> dict[str, list[Run]]:
-    """name -> its runs; what ends best on average comes first."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run["name"], []).append(run)
-    return dict(sorted(found.items(), key=lambda item: -statistics.fmean(run["curve"][-1][judge] for run in item[1])))
-
-
-def at(run: Run, key: str, axis: str, place: float) -> float:
-    """A curve's value between its points, by straight lines; its ends beyond them."""
-    points = [(point[axis], point[key]) for point in run["curve"]]
-    for (left, low), (right, high) in pairwise(points):
-        if place <= right:
-            share = max(0.0, (place - left) / (right - left)) if right > left else 1.0
-            return low + share * (high - low)
-    return points[-1][1]
-
-
-def reached(run: Run, key: str, value: float) -> float | None:
-    """The training step at which a curve first comes to a value."""
-    for before, after in pairwise(run["curve"]):
-        if before[key] >= value:
-            return before["step"]
-        if after[key] >= value:
-            return before["step"] + (value - before[key]) / (after[key] - before[key]) * (after["step"] - before["step"])
-    return None
-
-
-def change(runs: Sequence[Run], key: str, digits: int = 3) -> str:
-    """Before → after, mean ± std over seeds."""
-    first = statistics.fmean(run["curve"][0][key] for run in runs)
-    return f"{first:.{digits}f} → {mean_and_std([run['curve'][-1][key] for run in runs], digits)}"
-
-
-def per_picture(run: Run, key: str) -> float:
-    """Mean of a metric over steps."""
-    return statistics.fmean(value for value in run["rows"][key] if value is not None)
 
 
 def verdict(name: str, groups: dict[str, list[Run]]) -> str:
@@ -152,12 +108,6 @@ def confirmation(runs: Sequence[Run]) -> str:
     return markdown(["algorithm", "new seeds", "strict", "second judge"], rows)
 
 
-def pairs(runs: Sequence[Run], name: str, flow: str = FLOW) -> list[tuple[Run, Run]]:
-    """(Flow-GRPO, the other) for every seed that both have."""
-    others = {run["seed"]: run for run in runs if run["name"] == name}
-    return [(run, others[run["seed"]]) for run in runs if run["name"] == flow and run["seed"] in others]
-
-
 def dense_table(runs: Sequence[Run]) -> str:
     """Steps that DenseGRPO needs for the final accuracy of terminal credit, between its evaluations by straight lines."""
     rows: list[list[str]] = []
@@ -166,18 +116,12 @@ def dense_table(runs: Sequence[Run]) -> str:
             row = [f"`{title(flow)}`, {terminal['seconds']:g} s", str(terminal["seed"]), f"{dense['steps']} in {dense['seconds']:g} s"]
             for judge in ("strict", "second_judge"):
                 goal, start = terminal["curve"][-1][judge], terminal["curve"][0][judge]
-                steps, best = reached(dense, judge, goal), max(point[judge] for point in dense["curve"])
+                steps, best = reached(dense["curve"], judge, goal), max(point[judge] for point in dense["curve"])
                 said = f"{steps:.1f} = {steps / terminal['steps']:.2f} of {terminal['steps']}" if steps is not None else f"not: {best:.3f}"
                 row += [f"{goal:.3f}", said if goal > start else f"no gain to compare with; {best:.3f}"]
             rows.append(row)
     head = ["against", "seed", "DenseGRPO's steps", "its last strict", "reached after", "its last second judge", "reached after"]
     return markdown(head, rows)
-
-
-def windows(run: Run, key: str) -> list[float]:
-    """Averages of a metric over the last `WINDOW` steps, from the step on that has so many; none of a metric that the run doesn't have."""
-    values = [value or 0.0 for value in run["rows"].get(key, [])]
-    return [statistics.fmean(values[n : n + WINDOW]) for n in range(len(values) - WINDOW + 1)]
 
 
 def collapse(run: Run) -> int | None:
@@ -236,6 +180,7 @@ def page(runs: Sequence[Run], seconds: float) -> str:
     found = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}" for r in runs})
     parts = [INTRODUCTION.format(seconds=seconds, pictures=runs[0]["pictures"], machine="Made on: " + "; ".join(found) + ".")]
     parts += [main_table(chosen), "![accuracy, training reward and spread over time](../assets/pictures/toybox_runs.png)"]
+    parts += toybox_gains.section(chosen)
     if fresh:
         parts += ["## Confirmed on new seeds", "What was chosen above, on seeds that had no part in it.", confirmation(fresh)]
     if pairs(everything, DENSE):

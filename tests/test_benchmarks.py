@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cost, distillation, guidance, guidance_page, prdp, records, toybox, toybox_table
+from benchmarks import cost, distillation, guidance, guidance_page, prdp, records, toybox, toybox_gains, toybox_runs, toybox_table
 from benchmarks.cost_cases import CASES, chain, completed, one_branch, tree, window
 from visalign.drawing import Result
 
@@ -67,6 +67,47 @@ def test_after_the_spread_has_collapsed() -> None:
     assert row_of(table, "dense") == ["dense", "0", "5", "0.200 → 0.700", "0.500 → 0.500", "0.200 → 0.700", "0.550 → 0.600"]
     held = toybox_table.value_table([run("strict_flow_grpo", 0, 0.5, spread=0.2), run("strict_vgpo", 0, 0.6)])
     assert row_of(held, "0 or 1")[2] == "never: at most 0.20 of the groups"
+
+
+def test_a_gain_is_sure_where_seeds_and_prompts_and_both_judges_agree() -> None:
+    """Four prompts, of 1, 1, 2 and 4 pictures."""
+
+    def judged(name: str, gains: tuple[float, ...], after: list[int], second: list[int]) -> list[dict[str, Any]]:
+        before = [0, 0, 1, 1]
+        right = {"pictures": [[1, 1, 2, 4]] * 2, "strict": [before, after], "second_judge": [before, second]}
+        found = [run(name, seed, 0.5 + gain, right=right) for seed, gain in enumerate(gains)]
+        for one, gain in zip(found, gains, strict=True):
+            one["curve"][-1]["second_judge"] += gain
+        return found
+
+    assert toybox_gains.over_seeds([0.1, 0.2, 0.3]) == pytest.approx(0.0371, abs=1e-4), "t = 3.464, two degrees of freedom"
+    assert toybox_gains.over_seeds([0.1]) is None
+    even = judged("even", (0.10, 0.11, 0.12), [1, 1, 2, 4], [1, 1, 2, 4])
+    # differences 1, 1, 1, 3 of 1, 1, 2, 4 pictures: mean 3/4, residuals 1/4, 1/4, -1/2, 0, error sqrt(4/3 · 3/8) / 8
+    t = 0.75 / ((4 / 3 * 0.375) ** 0.5 / 8)
+    assert toybox_gains.over_prompts(even, "strict") == pytest.approx(toybox_gains.stats.t.sf(t, 3))
+    runs = (
+        even
+        + judged("hacked", (0.10, 0.11, 0.12), [1, 1, 2, 4], [0, 0, 1, 1])
+        + judged("wild", (0.3, 0.0, -0.1), [1, 1, 2, 4], [1, 1, 2, 4])
+    )
+    table = toybox_gains.gains_table([*runs, run("old", 0, 0.6)])
+    assert row_of(table, "`even`")[2:4] == ["+0.110", "0.0014"]
+    assert row_of(table, "`even`")[-1] == "yes"
+    assert row_of(table, "`hacked`")[-1] == "no: only the verifier says so"
+    assert row_of(table, "`wild`")[-1] == "no"
+    assert row_of(table, "`old`")[-1] == "not known"
+
+
+def test_seconds_to_flow_grpos_accuracy() -> None:
+    runs = [run("toybox", seed, 0.6) for seed in range(2)] + [run("toybox_nft", seed, 0.7) for seed in range(2)]
+    runs[-1]["curve"] = runs[-1]["curve"][::2]  # a run with fewer evaluations
+    assert toybox_runs.mean_curve(runs[2:], "strict", "seconds")[1] == {"seconds": 45.0, "strict": pytest.approx(0.6)}
+    table = toybox_gains.speed_table(runs)
+    assert row_of(table, "`nft`")[1:4] == ["2", "2", "45 s, 2.0 times as fast"]
+    assert row_of(table, "`nft`")[4] == "no gain to compare with", "the second judge sees none of Flow-GRPO's"
+    assert toybox_gains.speed_table([run("toybox_nft", 0, 0.7)]) == ""
+    assert row_of(toybox_gains.speed_table([*runs[:2], run("slow", 0, 0.55)]), "`slow`")[3] == "not: at best 0.550"
 
 
 def test_no_run_yet_and_the_plot(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def save(images: Tensor, folder: str | Path, names: Sequence[str] | None = None)
 
 def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
     """A contact sheet of (N, 3, H, W) in [0, 1], row by row, with a caption under each picture."""
-    return _sheet([images], min(columns, len(images)), captions)
+    return sheet([images], min(columns, len(images)), captions)
 
 
 def before_after(
@@ -98,10 +98,10 @@ def before_after(
         marks: whether each (before, after) is right, shown as a tick or a cross in the corner.
         columns: pairs in a row.
     """
-    return _sheet([before, after], min(columns, len(before)), prompts, ("before", "after"), marks)
+    return sheet([before, after], min(columns, len(before)), prompts, ("before", "after"), marks)
 
 
-def _sheet(
+def sheet(
     bands: Sequence[Tensor],
     columns: int,
     captions: Sequence[str] | None,

@@ -39,7 +39,7 @@ class View:
 
     Attributes:
         objects: with shape "unknown" where no template overlaps enough, and colour "unknown" where none is near enough.
-        likeness: (n, 6) in [0, 1], each object's best overlap with each shape of `SHAPES`.
+        likeness: (n, 6) in [0, 1], each object's best overlap with each shape of `SHAPES`, or of those that were asked for.
         blemish: share of the ink (everything that isn't plain ground) that no object explains, in [0, 1]; 1 when ink covers half of it.
     """
 
@@ -53,12 +53,16 @@ def perceive(images: Tensor) -> list[list[Object]]:
     return [view.objects for view in look(images)]
 
 
-def look(images: Tensor) -> list[View]:
-    """Perceive (N, 3, H, W) pictures in [0, 1]; other sizes than 64 × 64 are resized first (bilinear, antialiased)."""
-    return [view for piece in images.detach().float().cpu().split(64) for view in _look(piece)]  # 64: what stays in the cache
+def look(images: Tensor, shapes: tuple[str, ...] = SHAPES) -> list[View]:
+    """Perceive (N, 3, H, W) pictures in [0, 1]; other sizes than 64 × 64 are resized first (bilinear, antialiased).
+
+    Args:
+        shapes: that are told apart; any that `scenes.render` draws.
+    """
+    return [view for piece in images.detach().float().cpu().split(64) for view in _look(piece, shapes)]  # 64: what stays in the cache
 
 
-def _look(images: Tensor) -> list[View]:
+def _look(images: Tensor, shapes: tuple[str, ...]) -> list[View]:
     if images.shape[-2:] != (SIZE, SIZE):
         images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
     count, pixels = len(images), images.permute(1, 0, 2, 3).reshape(3, -1)
@@ -70,9 +74,9 @@ def _look(images: Tensor) -> list[View]:
     found = _measure(parts, keep)
     colour = labels.ravel()[found.first] - 1
     found = replace(found, area=_area(parts, cover.clamp(0, 1).numpy(), keep, colour))
-    likeness, turn = _match(_outlines(parts, cover.numpy(), keep, colour, found))
+    likeness, turn = _match(_outlines(parts, cover.numpy(), keep, colour, found), shapes)
     tinted = _off_palette(pixels, parts, keep, colour)
-    objects = [_object(*row) for row in zip(found.x, found.y, found.area, colour, tinted, likeness, turn, strict=True)]
+    objects = [_object(shapes, *row) for row in zip(found.x, found.y, found.area, colour, tinted, likeness, turn, strict=True)]
     explained = np.isin(parts, np.append(keep, 0)) & _explained(pixels, labels, cover, distance)
     ink = ((labels > 0) | ~explained).sum((1, 2))
     blemish = np.where(ink > SIZE**2 / 2, 1.0, (~explained).sum((1, 2)) / np.maximum(ink, LEAST_AREA))
@@ -211,10 +215,10 @@ def _outlines(parts: np.ndarray, cover: np.ndarray, keep: np.ndarray, colour: np
 
 
 @cache
-def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _templates(shapes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Outlines of every shape at every turn and scale: (T, 32²), their shape (T,) and their turn (T,)."""
     masks, shape, turn = [], [], []
-    for k, name in enumerate(SHAPES):
+    for k, name in enumerate(shapes):
         for angle, scale in product((0,) if name in ("circle", "ring") else TURNS, SCALES):
             radius = SIZE / 2 * scale / area_of(name) ** 0.5
             picture = render([Object(name, "black", SIZE / 2, SIZE / 2, radius, angle)], SIZE, (255, 255, 255), 8)
@@ -232,19 +236,21 @@ def area_of(shape: str) -> float:
     return float((255 - np.asarray(picture.convert("L"), np.float32)).sum() / 240 / 28.0**2)
 
 
-def _match(outlines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of (n, 32²) outlines: (n, 6) best overlap with each shape, and (n,) the turn of the best template of all."""
-    masks, shape, turn = _templates()
+def _match(outlines: np.ndarray, shapes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Of (n, 32²) outlines: (n, S) best overlap with each of S shapes, and (n,) the turn of the best template of all."""
+    masks, shape, turn = _templates(shapes)
     both = outlines @ masks.T
     area = np.maximum((outlines**2).sum(1), GRID**2 / 4 * 0.9)[:, None]  # what lies beyond the grid counts against the object
     overlap = both / (area + (masks**2).sum(1) - both)
-    likeness = np.stack([overlap[:, shape == k].max(1, initial=0) for k in range(len(SHAPES))], 1)
+    likeness = np.stack([overlap[:, shape == k].max(1, initial=0) for k in range(len(shapes))], 1)
     return likeness, turn[overlap.argmax(1)] if len(overlap) else np.zeros(0)
 
 
-def _object(x: float, y: float, area: float, colour: int, tinted: bool, likeness: np.ndarray, turn: float) -> Object:
+def _object(
+    shapes: tuple[str, ...], x: float, y: float, area: float, colour: int, tinted: bool, likeness: np.ndarray, turn: float
+) -> Object:
     second, best = np.argsort(likeness)[-2:]
     clear = likeness[best] >= LEAST_OVERLAP and likeness[best] - likeness[second] >= LEAST_MARGIN
-    shape = SHAPES[best] if clear else "unknown"
-    radius = float((area / area_of(SHAPES[best])) ** 0.5)
+    shape = shapes[best] if clear else "unknown"
+    radius = float((area / area_of(shapes[best])) ** 0.5)
     return Object(shape, "unknown" if tinted else list(COLOURS)[colour], float(x), float(y), radius, float(turn))

@@ -1,0 +1,213 @@
+"""`python -m benchmarks.condition [--seconds 90] [--seeds 0,1,2] [--only-table]`: Ctrl-U with a reward that errs; 35 minutes on two cores.
+
+Ctrl-U (arXiv 2410.11236) trains a generator to keep to a condition by a reward model that reads the condition back out of a picture, and
+gives less weight to places where the model reads two generations of one sample differently. Here scenes are noised, recovered at once, and
+held to their own map of colours (configs/toybox_ctrl_u.yaml). The reward errs: on half of the pictures it takes red for green, green for
+blue and blue for red within a square of half the side. Where is a function of the picture's bytes: it errs on two generations apart.
+
+Compared for equal seconds, with the clean reward and with the one that errs: no weighting, which needs one generation of a sample and so
+takes more steps; Ctrl-U's, place by place; and a weight of the whole picture by its disagreement. On held-out scenes, noised to four
+levels and recovered, the clean map says what was learnt; the verifier and the second judge say what it did to pictures drawn from noise.
+
+One JSON per run under results/condition; one that is there and was made by the same recipe is not made again. From all that exist it
+writes benchmarks/condition.md, and pictures of seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import records, toybox
+from benchmarks.records import markdown, mean_and_std
+from benchmarks.toybox_gains import over_seeds
+from benchmarks.toybox_runs import Run, by_name, change, load
+from visalign.noise import gaussian
+from visalign.paths import mix
+from visalign.rewards.condition import Condition
+from visalign.rollout import Prompts
+from visalign.scoring import RewardInput, RewardOutput
+from visalign.toybox import styles
+from visalign.trainer import Trainer
+from visalign.trainers.reward_gradient import RewardGradient
+
+ROOT = Path(__file__).parents[1]
+FOLDER, PAGE, PICTURES = records.RESULTS / "condition", ROOT / "benchmarks" / "condition.md", ROOT / "assets" / "pictures" / "condition"
+RECIPE = "toybox_ctrl_u"
+SCENES, LEVELS = 128, (4, 8, 12, 16)  # held out; steps of the recipe's grid from which they are recovered
+SHOWN = slice(0, 8)
+READ: dict[str, dict[str, Any]] = {
+    "clean": {"use": "condition", "kind": "colours", "form": "error"},
+    "erring": {"use": "benchmarks.condition:ErringCondition"},
+}
+WEIGHTED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "places": {"form": "attenuate", "kappa": 0.1},
+    "pictures": {"form": "weight", "tolerance": 0.05},
+}
+CASES = (("clean", "none"), ("clean", "places"), ("erring", "none"), ("erring", "places"), ("erring", "pictures"))
+
+
+class ErringCondition(Condition):
+    """Agreement of the map of colours (`condition`, its form `error`), of pictures that are not seen as they are.
+
+    Args:
+        share: of the pictures on which colours are mistaken.
+        side: in pixels of the square within which they are.
+    """
+
+    def __init__(self, share: float = 0.5, side: int = 32):
+        super().__init__("colours", form="error")
+        self.share, self.side = share, side
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        return super().score(replace(batch, images=torch.stack([self.seen(image) for image in batch.images])))
+
+    def seen(self, image: Tensor) -> Tensor:
+        """(3, H, W), with the channels turned within the square, where it errs."""
+        pixels = image.detach().mul(255).round().byte().cpu().numpy().tobytes()
+        rng = random.Random(hashlib.sha256(pixels).digest())
+        if rng.random() >= self.share:
+            return image
+        top, left = (rng.randrange(size - self.side + 1) for size in image.shape[1:])
+        inside = torch.zeros_like(image[:1])
+        inside[:, top : top + self.side, left : left + self.side] = 1
+        return torch.where(inside > 0, image.roll(1, 0), image)
+
+
+def overrides(read: str, weighted: str) -> dict[str, Any]:
+    """What a run differs in from the recipe."""
+    if weighted == "none":
+        return {"rewards": {"consistency": READ[read]}, "trainer.view": None}
+    return {"rewards": {"consistency": {"use": "uncertainty", "source": "two_views", "of": READ[read]} | WEIGHTED[weighted]}}
+
+
+# --- held-out scenes ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def recovered(trainer: Trainer, prompts: Prompts, level: int) -> tuple[Tensor, Tensor]:
+    """Scenes (N, 3, H, W) of these prompts, and what the averaged weights recover of them from a level of noise."""
+    assert isinstance(trainer, RewardGradient)
+    family = trainer.policy.family
+    texts, metadata = prompts.texts, prompts.metadata
+    scenes = torch.cat([styles.drawn(text, record, 1, seed=n) for n, (text, record) in enumerate(zip(texts, metadata, strict=True))])
+    scenes = scenes.to(trainer.device)
+    noise = gaussian(family.latent_shape, 0, prompts.noise_ids, 0, device=trainer.device)
+    at = torch.full((len(prompts),), level)
+    x = mix(family.path, family.encode_images(scenes), noise, trainer.sigmas[at])
+    with trainer.averaged():
+        return scenes, family.decode(trainer.finish(x, at, family.encode(texts, metadata))).clamp(0, 1)
+
+
+def judge(trainer: Trainer) -> toybox.Judged:
+    """The judges of every run, and `agreement`, over classes and levels, of the clean map with that of the scene."""
+    found, prompts = toybox.judge(trainer), trainer.examiner.prompts.take(slice(0, SCENES))
+    clean, agreement = Condition("colours"), list[float]()
+    for level in LEVELS:
+        for rows in torch.arange(len(prompts)).split(trainer.settings.micro_batch):
+            some = prompts.take(rows)
+            scenes, images = recovered(trainer, some, level)
+            references = [scene[None] for scene in scenes]
+            agreement += clean.score(RewardInput(images, some.texts, some.metadata, references=references)).scores.tolist()
+    return toybox.Judged(found.figures | {"agreement": statistics.fmean(agreement)}, found.right)
+
+
+def portrait(trainer: Trainer) -> Tensor:
+    """(8, 3, H, W): the first scenes, recovered from the most noise."""
+    return recovered(trainer, trainer.examiner.prompts.take(SHOWN), LEVELS[0])[1]
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+
+def table(runs: Sequence[Run]) -> str:
+    """One row per run."""
+    groups, rows = by_name(runs), list[list[str]]()
+    for read, weighted in CASES:
+        some = groups.get(f"{read}_{weighted}")
+        if some:
+            steps = f"{statistics.fmean(run['steps'] for run in some):.0f}"
+            figures = [change(some, key) for key in ("agreement", "strict", "second_judge", "diversity")]
+            rows.append([f"`{read}`", weighted, str(len(some)), steps, *figures])
+    return markdown(["reward", "weighting", "seeds", "steps", "agreement", "strict", "second judge", "diversity"], rows)
+
+
+def verdict(runs: Sequence[Run], better: tuple[str, str], worse: tuple[str, str], key: str) -> str:
+    """How far one case ends above another, paired by seed."""
+    ends = [{run["seed"]: run["curve"][-1][key] for run in runs if run["name"] == "_".join(case)} for case in (better, worse)]
+    gaps = [value - ends[1][seed] for seed, value in ends[0].items() if seed in ends[1]]
+    if len(gaps) < 2:
+        return f"{key} not known, {len(gaps)} seeds of both"
+    return f"{key} {mean_and_std(gaps)}, p = {over_seeds(gaps):.3f}"
+
+
+def page(runs: Sequence[Run]) -> str:
+    """condition.md."""
+    machine = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}" for r in runs})
+    seconds = ", ".join(sorted({f"{run['seconds']:g}" for run in runs}))
+    asked = {
+        "What the errors cost (no weighting, clean less erring)": (CASES[0], CASES[2]),
+        "What Ctrl-U's weighting is worth with the reward that errs": (CASES[3], CASES[2]),
+        "What a weight of whole pictures is worth there": (CASES[4], CASES[2]),
+        "What Ctrl-U's weighting is worth with the clean reward": (CASES[1], CASES[0]),
+    }
+    keys = ("agreement", "strict", "second_judge")
+    lines = [f"* {text}: {'; '.join(verdict(runs, *pair, key) for key in keys)}." for text, pair in asked.items()]
+    shown = [f"{read}_{weighted}" for read, weighted in CASES if (PICTURES / f"{read}_{weighted}.png").exists()]
+    parts = [
+        "# Ctrl-U with a reward that errs",
+        "Written by `python -m benchmarks.condition`; don't edit.",
+        (__doc__ or "").split("\n\n", 1)[1].split("\n\nOne JSON")[0],
+        f"Runs of {seconds} s of training from the same base, {runs[0]['pictures']} held-out prompts; agreement is the mean soft "
+        f"intersection over union of {SCENES} held-out scenes at {len(LEVELS)} levels. Before → after, mean ± std over seeds.",
+        table(runs),
+        "Differences at the end, paired by seed, mean ± std, with p of a one-sided t-test over seeds:",
+        "\n".join(lines),
+        *(
+            f"`{name}`, seed 0, scenes recovered before above after:\n\n![{name}](../assets/pictures/condition/{name}.png)"
+            for name in shown
+        ),
+        "Made on: " + "; ".join(machine) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path = FOLDER, target: Path = PAGE) -> None:
+    """The page, if there is a run."""
+    if runs := load(folder):
+        target.write_text(page(runs), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.condition", description="Ctrl-U with a reward that errs.")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of training, for each run")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only-table", action="store_true", help="train nothing")
+    given = parser.parse_args()
+    for seed in [] if given.only_table else map(int, given.seeds.split(",")):  # one seed of everything comes first
+        for read, weighted in CASES:
+            name, changes = f"{read}_{weighted}", overrides(read, weighted)
+            if toybox.done(RECIPE, seed, given.seconds, FOLDER, name, changes):
+                print(f"{name}, seed {seed}: done before")
+                continue
+            options: dict[str, Any] = {"judge": judge, "portrait": portrait, "alias": name, "overrides": changes}
+            picture = PICTURES / f"{name}.png" if seed == 0 and read == "erring" else None
+            last = toybox.run(RECIPE, seed, given.seconds, 2, FOLDER, picture=picture, **options)
+            before, after = (last["curve"][n]["agreement"] for n in (0, -1))
+            print(f"{name}, seed {seed}: {last['steps']} steps, agreement {before:.3f} → {after:.3f} {last['stopped']}", flush=True)
+            write()
+    write()
+
+
+if __name__ == "__main__":
+    main()
