@@ -23,6 +23,18 @@ def frame_weights(frames: Tensor, count: int, attenuation: float) -> Tensor:
     return torch.exp(-attenuation * (frames - count // 2).abs().float())
 
 
+def stills(batch: RewardInput, frames: Tensor) -> RewardInput:
+    """The S `frames` of N videos as N·S pictures, those of one video behind one another."""
+    assert batch.video is not None
+    size = len(frames)
+    return RewardInput(
+        images=batch.video[:, frames.to(batch.video.device)].flatten(0, 1),
+        prompts=[prompt for prompt in batch.prompts for _ in range(size)],
+        metadata=[metadata for metadata in batch.metadata for _ in range(size)],
+        references=None if batch.references is None else [item for item in batch.references for _ in range(size)],
+    )
+
+
 class Segmental(Composite):
     """(1/S) Σ f_s · r(frame i_s), differentiable if r is (Yuan et al. 2024, InstructVideo, arXiv 2312.12490, section 3.3).
 
@@ -75,13 +87,7 @@ class Segmental(Composite):
         assert batch.video is not None
         frames = self.frames(batch.video.shape[1])
         count, size = len(batch), len(frames)
-        still = RewardInput(
-            images=batch.video[:, frames.to(batch.video.device)].flatten(0, 1),
-            prompts=[prompt for prompt in batch.prompts for _ in range(size)],
-            metadata=[metadata for metadata in batch.metadata for _ in range(size)],
-            references=None if batch.references is None else [item for item in batch.references for _ in range(size)],
-        )
-        output = next(iter(self.panel.score(still).outputs.values()))
+        output = next(iter(self.panel.score(stills(batch, frames)).outputs.values()))
         scores = output.scores.view(count, size)
         weights = frame_weights(frames, batch.video.shape[1], self.attenuation).to(scores.device)
         return RewardOutput.of(
@@ -89,6 +95,17 @@ class Segmental(Composite):
             components={name: value.view(count, size).float().mean(1) for name, value in output.components.items()},
             info={"frames": tuple(frames.tolist())},
         )
+
+    def real(self, batch: RewardInput) -> RewardInput:
+        return self.inner.real(self._seen(batch))
+
+    def update(self, real: RewardInput, fake: RewardInput) -> dict[str, float]:
+        return super().update(real, self._seen(fake))
+
+    def _seen(self, batch: RewardInput) -> RewardInput:
+        """Frames of its videos for a reward that learns from pictures."""
+        assert batch.video is not None
+        return stills(batch, self.frames(batch.video.shape[1]))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The inner reward's, and the state of the random frames."""

@@ -109,3 +109,28 @@ def test_captions_wrap_at_words_and_end_in_an_ellipsis() -> None:
     assert cut.endswith("…")
     assert font.getlength(cut) <= 160
     assert pictures._wrap("", font, 160) == []
+
+
+def test_a_video_is_an_animated_file_whose_every_frame_comes_back(tmp_path: Path) -> None:
+    videos = torch.randint(0, 256, (2, 4, 3, 5, 7), generator=torch.Generator().manual_seed(0)) / 255
+    videos[1, 1:] = videos[1, 0]  # one that stands still
+    paths = pictures.save(videos, tmp_path)
+    assert [path.suffix for path in paths] == [".png", ".png"]
+    assert torch.equal(pictures.shown(paths), videos)
+    assert torch.equal(pictures.load(paths[0]), videos[0, 0]), "as a picture, its first frame"
+    with Image.open(paths[0]) as file:
+        assert round(file.info["duration"]) == round(1000 / pictures.FPS)
+    still = pictures.save(videos[:, 0], tmp_path / "still")
+    assert torch.equal(pictures.shown(still), videos[:, 0])
+
+
+def test_a_sheet_of_videos_is_strips_of_their_first_to_last_frames() -> None:
+    videos = torch.zeros(3, 9, 3, 40, 40)
+    videos[:, -1] = 1
+    strip = pictures.strips(videos)
+    assert strip.shape == (3, 3, 40, 5 * 40)
+    assert strip[..., :40].eq(0).all()
+    assert strip[..., -40:].eq(1).all()
+    sheet = pictures.before_after(videos, 1 - videos, ["a", "b", "c"], columns=6)
+    assert sheet.width > 5 * pictures.CELL[0], "frames are as large as pictures are, and cells fewer"
+    assert pictures.grid(videos, 8, ["a", "b", "c"]).height > 3 * pictures.CELL[0] / 2

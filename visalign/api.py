@@ -77,10 +77,11 @@ def split(rewards: Any, where: str = "rewards") -> tuple[dict[str, tuple[Reward,
 def score(
     images: Tensor | Sequence[str | Path], prompts: str | Sequence[str], rewards: Any, metadata: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Tensor]:
-    """Score pictures.
+    """Score pictures or videos.
 
     Args:
-        images: (N, 3, H, W) in [0, 1], or files of any size.
+        images: (N, 3, H, W) in [0, 1], videos (N, F, 3, H, W), or files of any size; of an animated one, rewards of pictures see the
+            first frame.
         prompts: N texts, or one for all.
         rewards: as in `panel`.
         metadata: what is known of each prompt, for rewards that need it; N dicts, or none.
@@ -88,18 +89,20 @@ def score(
     Returns:
         reward name -> (N,) float32, with "total"; NaN where a score failed.
     """
-    batches = [images] if isinstance(images, Tensor) else [pictures.load(path)[None] for path in images]
-    count = sum(len(batch) for batch in batches)
+    count = len(images)
     texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
     if len(texts) != count or not count:
         raise UserError(f"{count} pictures and {len(texts)} prompts: expected one prompt for all, or one each")
     if metadata and len(metadata) != count:
         raise UserError(f"{count} pictures and metadata of {len(metadata)}: expected one each")
-    judges, found, first = panel(rewards), [], 0
-    for batch in batches:  # files may differ in size
-        rows = slice(first, first + len(batch))
-        found.append(judges.score(RewardInput(batch, texts[rows], list(metadata[rows]))).by_name())
-        first += len(batch)
+    judges = panel(rewards)
+    if isinstance(images, Tensor):
+        return judges.score(RewardInput(images, texts, list(metadata))).by_name()
+    found: list[dict[str, Tensor]] = []
+    for n, path in enumerate(images):  # files may differ in size
+        video = pictures.load_video(path)[None] if any(reward.spec.modality == "video" for reward in judges.rewards.values()) else None
+        still = pictures.load(path)[None] if video is None else video[:, 0]
+        found.append(judges.score(RewardInput(still, [texts[n]], list(metadata[n : n + 1]), video=video)).by_name())
     return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
 
 

@@ -91,6 +91,8 @@ def session(config: Config, processes: Processes) -> Session:
                 f"rewards.{alias}: {reward.spec.name} judges only; a judge that is trained on judges nothing (use it in eval.rewards)"
             )
     judges = registry.build_panel(config.eval.rewards, config.policy.model, processes.device, learning=True)
+    for panel in (rewards, judges):
+        panel.expects(learner.family.moving)
     rewarding.share(judges, config.eval.rewards, rewards, config.rewards)
     base_pictures.calibrate(config, learner, {"rewards": rewards, "eval.rewards": judges}, train_prompts, processes)
     return Session(config, processes, learner, rewards, judges, train_prompts, test_prompts)

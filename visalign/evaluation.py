@@ -25,7 +25,7 @@ class Evaluation:
     """What the judges say of N pictures.
 
     Attributes:
-        prompts, images: N rows.
+        prompts, images: N rows; videos (N, F, 3, H, W) for pictures where the policy draws these.
         scores: alias -> (N,) float32, NaN where a judge failed.
         metrics: `eval/ALIAS` means over valid scores, `eval/diversity` and `eval/tonal`, `image/*` statistics.
     """
@@ -61,8 +61,9 @@ def evaluate(
     metrics = {f"eval/{alias}": score.nanmean().item() for alias, score in scores.items()}
     if embeddings:
         metrics["eval/diversity"] = monitors.diversity(embeddings[0], prompts.groups)
-    metrics["eval/tonal"] = monitors.tonal_diversity(images)
-    statistics = monitors.image_statistics(images) | monitors.spectral(images)
+    stills = images.flatten(0, -4)  # of videos every frame
+    metrics["eval/tonal"] = monitors.tonal_diversity(stills)
+    statistics = monitors.image_statistics(stills) | monitors.spectral(stills) | (monitors.motion(images) if images.ndim == 5 else {})
     return Evaluation(prompts, images, scores, metrics | {f"image/{name}": value for name, value in statistics.items()})
 
 

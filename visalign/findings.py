@@ -42,7 +42,7 @@ class Found(Sliceable):
 
     Attributes:
         latents: (M, ...) clean, or estimates of the clean.
-        images: (M, 3, H, W) float in [0, 1].
+        images: (M, 3, H, W) float in [0, 1], or videos (M, F, 3, H, W).
         scores: reward name -> (M,), with "total"; NaN where a reward failed; empty without a reward.
     """
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -115,7 +114,7 @@ def _finish(folder: Path, prompts: PromptSet) -> str:
     shown = [(name, _caption(record, k)) for record in records for k, name in enumerate(record["pictures"])]
     for first in range(0, len(shown), SHEET):
         page = shown[first : first + SHEET]
-        images = torch.stack([pictures.load(folder / name) for name, _ in page])
+        images = pictures.shown([folder / name for name, _ in page])
         sheet = pictures.grid(images, columns=8, captions=[caption for _, caption in page])
         sheet.save(folder / ("sheet.png" if first == 0 else f"sheet-{first // SHEET + 1}.png"))
     lines = [f"{name:<28} {'none valid' if value is None else f'{value:.4g}'}" for name, value in means.items()]

@@ -89,6 +89,12 @@ def spectral(images: Tensor) -> dict[str, float]:
     return _summary(high_frequency=(power * (radius > 0.3)).sum((-2, -1)) / total, peaks=torch.stack(peaks).amax(0))
 
 
+def motion(videos: Tensor) -> dict[str, float]:
+    """Mean absolute change from frame to frame, over videos (N, F, 3, H, W) in [0, 1]; rewards of single frames may end it."""
+    change = (videos[:, 1:] - videos[:, :-1]).abs().flatten(1)
+    return _summary(motion=change.mean(1))
+
+
 def _peak(power: Tensor, y: float, x: float) -> Tensor:
     """(N, H, W) power -> (N,): decades of the bin (y, x) over the median of the 7 × 7 around it, less the inner 3 × 3 (a widened line)."""
     height, width = power.shape[-2:]

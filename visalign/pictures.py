@@ -1,14 +1,19 @@
-"""Pictures in and out: files to tensors and back, and contact sheets that people can read."""
+"""Pictures and videos in and out: files to tensors and back, and contact sheets that people can read.
+
+A video file is an animated PNG: lossless, of the same suffix, and its first frame is what reads as a picture.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
 from visalign.errors import UserError
@@ -21,6 +26,8 @@ GAP = 12
 TEXT = 14  # pixels
 LEADING = 18
 LINES = 3  # of a caption, at most
+FRAMES = 5  # of a video on a sheet, at most
+FPS = 16  # of video files
 
 # --- files -------------------------------------------------------------------------------------------------------------
 
@@ -31,6 +38,22 @@ def load(path: str | Path) -> Tensor:
     Raises:
         UserError: no such file, not a picture, broken, or above 64 megapixels.
     """
+    return _load(path, 1)[0]
+
+
+def load_video(path: str | Path) -> Tensor:
+    """All frames of an animated file (PNG, WebP, GIF) as (F, 3, H, W); otherwise as `load`."""
+    return _load(path, None)
+
+
+def shown(paths: Sequence[str | Path]) -> Tensor:
+    """Files of one kind and size: pictures (N, 3, H, W), or videos (N, F, 3, H, W)."""
+    media = torch.stack([load_video(path) for path in paths])
+    return media[:, 0] if media.shape[1] == 1 else media
+
+
+def _load(path: str | Path, frames: int | None) -> Tensor:
+    """The first so many frames (F, 3, H, W), or all."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
@@ -39,7 +62,7 @@ def load(path: str | Path) -> Tensor:
                     raise UserError(
                         f"{path} is too large: {image.width} × {image.height}, at most {MAX_PIXELS // 10**6} megapixels; scale it down"
                     )
-                image = _upright(image)
+                shown = [np.array(_upright(frame)) for frame in islice(ImageSequence.Iterator(image), frames)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
@@ -50,7 +73,7 @@ def load(path: str | Path) -> Tensor:
         raise UserError(
             f"{path} can't be read as a picture ({error}); expected PNG, JPEG, WebP or another format that Pillow reads"
         ) from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 255
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -70,12 +93,18 @@ def to_image(image: Tensor) -> Image.Image:
 
 
 def save(images: Tensor, folder: str | Path, names: Sequence[str] | None = None) -> list[Path]:
-    """Write (N, 3, H, W) in [0, 1] as `NAME.png` (by default 0000.png, 0001.png, …) into a folder, made if missing; returns the paths."""
+    """Write (N, 3, H, W) in [0, 1] as `NAME.png` (by default 0000.png, 0001.png, …) into a folder, made if missing; returns the paths.
+
+    Videos (N, F, 3, H, W) become animated files that repeat.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in (names or [f"{n:04d}" for n in range(len(images))])]
     for image, path in zip(images, paths, strict=True):
-        to_image(image).save(path)
+        first, *others = [to_image(frame) for frame in (image if image.ndim == 4 else image[None])]
+        animation: dict[str, Any] = {"save_all": True, "append_images": others, "duration": 1000 / FPS, "loop": 0} if others else {}
+        animation |= {"blend": [n % 2 for n in range(len(others) + 1)]}  # all the same, opaque; but Pillow joins equal frames of one kind
+        first.save(path, **animation)
     return paths
 
 
@@ -83,7 +112,7 @@ def save(images: Tensor, folder: str | Path, names: Sequence[str] | None = None)
 
 
 def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
-    """A contact sheet of (N, 3, H, W) in [0, 1], row by row, with a caption under each picture."""
+    """A contact sheet of (N, 3, H, W) in [0, 1], row by row, with a caption under each picture; videos (N, F, 3, H, W) are strips."""
     return sheet([images], min(columns, len(images)), captions)
 
 
@@ -93,7 +122,7 @@ def before_after(
     """Pictures of the same prompts and seeds, before above after, the prompt under each pair.
 
     Args:
-        before, after: (N, 3, H, W) in [0, 1].
+        before, after: (N, 3, H, W) in [0, 1], or videos (N, F, 3, H, W), shown as strips of frames.
         prompts: N texts.
         marks: whether each (before, after) is right, shown as a tick or a cross in the corner.
         columns: pairs in a row.
@@ -108,9 +137,12 @@ def sheet(
     labels: Sequence[str] = (),
     marks: Sequence[tuple[bool, bool]] | None = None,
 ) -> Image.Image:
-    """Rows of cells; a cell is one picture of every band, one above the other, over a caption."""
+    """Rows of cells; a cell is one picture (or strip) of every band, one above the other, over a caption."""
     count, (height, width) = len(bands[0]), bands[0].shape[-2:]
     scale = min(max(max(height, width), CELL[0]), CELL[1]) / max(height, width)
+    if bands[0].ndim == 5:
+        bands = [strips(band) for band in bands]
+        columns, width = max(1, columns * width // bands[0].shape[-1]), bands[0].shape[-1]
     width, height = round(width * scale), round(height * scale)
     font = ImageFont.load_default(TEXT)
     texts = [_wrap(caption, font, width) for caption in captions or [""] * count]
@@ -136,6 +168,13 @@ def sheet(
         for line, text in enumerate(texts[n]):
             draw.text((x + width / 2, top + block + GAP // 2 + line * LEADING), text, INK, font, anchor="ma")
     return sheet
+
+
+def strips(videos: Tensor) -> Tensor:
+    """(N, F, 3, H, W) as (N, 3, H, W'): up to `FRAMES` frames from first to last, side by side."""
+    count = videos.shape[1]
+    at = torch.linspace(0, count - 1, min(FRAMES, count)).round().long().to(videos.device)
+    return videos[:, at].permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Image.Image:

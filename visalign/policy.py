@@ -44,6 +44,11 @@ class Family(ABC):
     output_layer: ClassVar[str] = ""
     step_distilled: bool = False
 
+    @property
+    def moving(self) -> bool:
+        """Whether it draws videos: its latents are (C, F, h, w), and `decode` gives (N, F, 3, H, W)."""
+        return len(self.latent_shape) == 4
+
     @abstractmethod
     def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
         """Encode prompts, each unique text once; N rows in the order of `texts`.
@@ -70,7 +75,7 @@ class Family(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """(N, ...) latents to (N, 3, H, W) pictures in [0, 1]; differentiable."""
+        """(N, ...) latents to pictures (N, 3, H, W) or videos (N, F, 3, H, W) in [0, 1]; differentiable."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) pictures in [0, 1] to (N, ...) clean latents; pictures of another size are scaled and their middle is cut out.

@@ -46,8 +46,9 @@ class Pair:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """Both pictures, each (3, H, W) in [0, 1]."""
-        return pictures.load(self.images[0]), pictures.load(self.images[1])
+        """Both pictures, each (3, H, W) in [0, 1]; videos are (F, 3, H, W)."""
+        first, second = (pictures.shown([path])[0] for path in self.images)
+        return first, second
 
 
 def read(file: Path) -> list[Pair]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,8 @@ def measure(panel: Panel, base: RewardInput, changes: int = 6) -> dict[str, Any]
     """
     assert base.groups is not None, "the spread is within groups"
     plain, again = panel.score(base), panel.score(base)
-    changed = [panel.score(replace(base, images=perturbed(base.images, number))) for number in range(changes)]
-    hacked = {name: panel.score(replace(base, images=hack(base.images))) for name, hack in HACKS.items()}
+    changed = [panel.score(_changed(base, partial(perturbed, number=number))) for number in range(changes)]
+    hacked = {name: panel.score(_changed(base, hack)) for name, hack in HACKS.items()}
     rewards: dict[str, dict[str, Any]] = {}
     for alias, output in plain.outputs.items():
         scores = output.scores
@@ -83,6 +84,12 @@ def measure(panel: Panel, base: RewardInput, changes: int = 6) -> dict[str, Any]
         }
     table = {alias: output.scores for alias, output in plain.outputs.items()}
     return {"rewards": rewards, "spearman": {a: {b: spearman(x, y) for b, y in table.items()} for a, x in table.items()}}
+
+
+def _changed(base: RewardInput, change: Callable[[Tensor], Tensor]) -> RewardInput:
+    """With every picture changed, or every frame of its videos."""
+    images = base.images
+    return replace(base, images=change(images.flatten(0, -4)).unflatten(0, images.shape[:-3]))
 
 
 def _loophole(real: Tensor, hacked: Tensor) -> dict[str, Any]:

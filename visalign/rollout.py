@@ -157,7 +157,7 @@ class Rollout:
 
     Attributes:
         prompts, condition, trajectory: N rows each.
-        images: (N, 3, H, W) float in [0, 1].
+        images: (N, 3, H, W) float in [0, 1], or videos (N, F, 3, H, W).
         rewards: alias -> (N,) float32, NaN where a reward failed.
         weights: (N,) in [0, 1], how much each sample's advantage counts; None: 1.
         errors: alias -> what a reward said of the samples that it could not score.

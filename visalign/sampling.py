@@ -200,7 +200,7 @@ class Walk:
 
 @torch.no_grad()
 def decode(policy: Policy, latents: Tensor, batch: int) -> Tensor:
-    """(N, 3, H, W) pictures in [0, 1]."""
+    """(N, 3, H, W) pictures in [0, 1], or (N, F, 3, H, W) videos."""
     return torch.cat([policy.family.decode(piece) for piece in latents.split(batch)])
 
 
@@ -215,7 +215,7 @@ def pictures(
     guidance: float = 1.0,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """(N, 3, H, W) pictures in [0, 1] by the noise-free sampler."""
+    """(N, 3, H, W) pictures in [0, 1], or (N, F, 3, H, W) videos, by the noise-free sampler."""
     condition = policy.family.encode(prompts.texts, prompts.metadata)
     trajectory = rollout(policy, prompts, condition, steps=steps, seed=seed, batch=batch, guidance=guidance, progress=progress)
     return decode(policy, trajectory.final, batch)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from visalign.errors import UserError
 from visalign.rollout import Sliceable
 
 
@@ -27,7 +28,7 @@ class RewardInput(Sliceable):
     """N pictures or videos with what is known of them.
 
     Attributes:
-        images: (N, 3, H, W) float in [0, 1].
+        images: (N, 3, H, W) float in [0, 1]; or videos, (N, F, 3, H, W), which are then the `video`.
         prompts: N texts.
         metadata: N dicts; empty when nothing is known.
         video: (N, F, 3, H, W) float in [0, 1], for video rewards.
@@ -50,6 +51,8 @@ class RewardInput(Sliceable):
     def __post_init__(self) -> None:
         if not self.metadata:
             object.__setattr__(self, "metadata", [{} for _ in self.prompts])
+        if self.images.ndim == 5:
+            object.__setattr__(self, "video", self.images)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -232,7 +235,19 @@ class Panel:
     def differentiable(self) -> bool:
         return all(reward.spec.differentiable for alias, reward in self.rewards.items() if self.weights[alias])
 
+    def expects(self, videos: bool) -> None:
+        """Refuse members that score the other kind of media. Raises UserError, which says what to do."""
+        for alias, reward in self.rewards.items():
+            name, modality = reward.spec.name, reward.spec.modality
+            if videos and modality == "image":
+                wrapped = f"{alias}: {{use: segmental, of: {{use: {name}}}}}"
+                raise UserError(f"reward {alias}: {name} scores single pictures, and these are videos; wrap it, as in {wrapped}")
+            if modality == "video" and not videos:
+                raise UserError(f"reward {alias}: {name} scores videos, and these are pictures; use a reward of pictures")
+
     def score(self, batch: RewardInput) -> Scores:
+        if batch.images.ndim == 5:
+            self.expects(videos=True)
         outputs = {alias: self._member(reward, batch) for alias, reward in self.rewards.items()}
         self.calls += len(batch) * len(outputs)
         total = torch.zeros(len(batch), device=batch.images.device)

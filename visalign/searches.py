@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -120,7 +119,7 @@ class Store:
         for step, row in enumerate(found):
             tracker.log(step, row)
         shown = range(min(count, config.eval.grid))
-        before, after = (torch.stack([pictures.load(f / f"{n:05d}.png") for n in shown]) for f in (self.folder / "before", self.folder))
+        before, after = (pictures.shown([f / f"{n:05d}.png" for n in shown]) for f in (self.folder / "before", self.folder))
         grid = self.run / "samples" / f"step_{len(found) - 1:05d}.png"
         grid.parent.mkdir(parents=True, exist_ok=True)
         pictures.before_after(before, after, [records[n].prompt for n in shown], _verdicts(records[: len(shown)])).save(grid)
