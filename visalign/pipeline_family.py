@@ -190,8 +190,8 @@ def flow_grid(scheduler: Any, steps: int, **arguments: Any) -> Tensor:
     return scheduler.sigmas.float().cpu()
 
 
-def as_ddim(scheduler: Any) -> Any:
-    """The DDIM scheduler of a checkpoint's training schedule.
+def as_ddim(scheduler: Any, **changes: Any) -> Any:
+    """The DDIM scheduler of a checkpoint's training schedule, with some settings changed.
 
     Raises:
         UserError: it cuts its clean estimates, so that no step is Gaussian, or predicts neither noise nor v.
@@ -203,7 +203,7 @@ def as_ddim(scheduler: Any) -> Any:
         config = {"clip_sample": False, "set_alpha_to_one": False} | config
         if config.get("timestep_spacing") == "linspace":  # of sigma schedulers; DDIM would step past the times it visits
             config["timestep_spacing"] = "leading"
-    ddim: Any = DDIMScheduler.from_config(config)
+    ddim: Any = DDIMScheduler.from_config(config | changes)
     for option in ("clip_sample", "thresholding"):
         if ddim.config[option]:
             raise UserError(f"the model's scheduler has {option}, so that its steps are not Gaussian; set it to false in its config")

@@ -91,6 +91,10 @@ class Conformance:
         """Shape of `count` decoded pictures or videos."""
         return (count, 3, side, side)
 
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "guidance" in metafunc.fixturenames:
+            metafunc.parametrize("guidance", self.guidances)
+
     # --- fixtures ------------------------------------------------------------------------------------------------------
 
     @pytest.fixture(scope="class")
@@ -136,13 +140,11 @@ class Conformance:
     # --- promises ------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("size", [0, 1], ids=["small", "large"])
-    @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
     @pytest.mark.parametrize("count", [1, 3])
     def test_noise_free_sample_equals_the_stock_pipeline(
-        self, plain: Any, policies: list[Policy], size: int, guided: bool, count: int
+        self, plain: Any, policies: list[Policy], size: int, guidance: float, count: int
     ) -> None:
         policy, prompts, side = policies[size], self.prompts(count), self.sides[size]
-        guidance = self.guidances[guided and len(self.guidances) - 1]
         ours = pictures(policy, prompts, steps=self.steps, seed=3, guidance=guidance)
         theirs = self.drawn(plain, policy, prompts, guidance, side)
         assert ours.shape == self.media(count, side)
@@ -150,7 +152,7 @@ class Conformance:
         assert ours.std() > 0.01
         noise = gaussian(policy.family.latent_shape, 3, prompts.noise_ids, 0)
         again = policy.family.stock(prompts.texts, noise, self.steps, guidance, prompts.metadata)
-        assert torch.equal(again, theirs), "what `visalign check` compares with"
+        assert (again - theirs).abs().max() <= 1e-5, "what `visalign check` compares with"
 
     def test_replay_at_the_rollouts_shape_has_a_ratio_of_one(self, policies: list[Policy]) -> None:
         policy, prompts = policies[0], self.prompts(3)
