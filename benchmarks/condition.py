@@ -1,4 +1,4 @@
-"""`python -m benchmarks.condition [--seconds 90] [--seeds 0,1,2] [--only-table]`: Ctrl-U with a reward that errs; 35 minutes on two cores.
+"""`python -m benchmarks.condition [--seconds 90] [--seeds 0,1,2] [--only-table]`: Ctrl-U with a reward that errs.
 
 Ctrl-U (arXiv 2410.11236) trains a generator to keep to a condition by a reward model that reads the condition back out of a picture, and
 gives less weight to places where the model reads two generations of one sample differently. Here scenes are noised, recovered at once, and
@@ -9,8 +9,8 @@ Compared for equal seconds, with the clean reward and with the one that errs: no
 takes more steps; Ctrl-U's, place by place; and a weight of the whole picture by its disagreement. On held-out scenes, noised to four
 levels and recovered, the clean map says what was learnt; the verifier and the second judge say what it did to pictures drawn from noise.
 
-One JSON per run under results/condition; one that is there and was made by the same recipe is not made again. From all that exist it
-writes benchmarks/condition.md, and pictures of seed 0.
+Forty minutes on two cores. One JSON per run under results/condition; one that is there and was made by the same recipe is not made again.
+From all that exist it writes benchmarks/condition.md, and pictures of seed 0.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [
         "# Ctrl-U with a reward that errs",
         "Written by `python -m benchmarks.condition`; don't edit.",
-        (__doc__ or "").split("\n\n", 1)[1].split("\n\nOne JSON")[0],
+        (__doc__ or "").split("\n\n", 1)[1].split("\n\nForty minutes")[0],
         f"Runs of {seconds} s of training from the same base, {runs[0]['pictures']} held-out prompts; agreement is the mean soft "
         f"intersection over union of {SCENES} held-out scenes at {len(LEVELS)} levels. Before → after, mean ± std over seeds.",
         table(runs),

@@ -2,8 +2,10 @@
 
 For each seed two students of configs/toybox_cfg_distillation.yaml train for the same seconds: one for quality, with diversity at weight 0,
 and one for diversity as well. They, what lies between their weights, and the base with and without guidance draw the same held-out prompts
-from the same noise. One JSON per seed under results/distillation; one that is there and was made by the same recipe is not made again. From
-all that exist it writes benchmarks/distillation.md.
+from the same noise. A quarter of an hour on two cores.
+
+One JSON per seed under results/distillation; one that is there and was made by the same recipe is not made again. From all that exist it
+writes benchmarks/distillation.md.
 """
 
 from __future__ import annotations

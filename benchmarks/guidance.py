@@ -56,9 +56,7 @@ class Bench:
 
     def run(self, method: str, kind: str, multiple: int, seed: int, model: str = "toybox", guidance: float = GUIDANCE) -> dict[str, Any]:
         """One method with one budget and seed: from its file, or drawn now."""
-        label = method if guidance == GUIDANCE else f"{method} at guidance {guidance:g}"
-        label += "" if model == "toybox" else " of an aligned policy"
-        file = self.folder / f"{label.replace(' ', '_')}-{kind}-{multiple}-{seed}.json"
+        label, file = label_of(method, model, guidance), self.folder / file_name(method, kind, multiple, seed, model, guidance)
         made = self.settings | {"model": model, "guidance": guidance, "method": method}
         mark = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
         if file.is_file() and (there := records.read(file))["settings"] == mark:
@@ -86,6 +84,15 @@ class Bench:
             metadata=self.metadata,
             progress=True,
         )
+
+
+def label_of(method: str, model: str, guidance: float) -> str:
+    label = method if guidance == GUIDANCE else f"{method} at guidance {guidance:g}"
+    return label if model == "toybox" else f"{label} of an aligned policy"
+
+
+def file_name(method: str, kind: str, multiple: int, seed: int, model: str, guidance: float) -> str:
+    return f"{label_of(method, model, guidance).replace(' ', '_')}-{kind}-{multiple}-{seed}.json"
 
 
 def figures(result: Result) -> dict[str, float]:

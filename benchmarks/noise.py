@@ -5,8 +5,8 @@ than as many seconds of best-of-N. HyperNoise's (arXiv 2508.09968): a network le
 on the generator's weights (`direct`) are hacked. All with the same rewards, prompts and first noises; the verifier and the second judge
 are no part of what is optimised. Of the noise it says how far it is from fresh noise, of which 1 % lies outside the bands.
 
-One file per run, results/noise/POLICY-STEPS-METHOD-SEED.json; one that is there and was made alike is not made again. From all files of
-a policy it writes benchmarks/noise.md.
+An hour and a half on two cores. One file per run, results/noise/POLICY-STEPS-METHOD-SEED.json; one that is there and was made alike is
+not made again. From all files of a policy it writes benchmarks/noise.md.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def best_of_n(given: Given, session: Session, prompts: Prompts, seconds: float) 
         while best is None or time.perf_counter() - begun < seconds * len(batch):
             noise = gaussian(shape, 0, batch.noise_ids, f"fresh/{count}" if count else 0, device=policy.device)
             seen = look(policy, session.rewards, noise, batch, condition, steps=given.steps, guidance=1.0, slope=False)
-            now = Found(torch.full((len(batch),), count), noise, seen.images, seen.scores.by_name())
+            now = Found(torch.full((len(batch),), count), noise, seen.latents, seen.images, seen.scores.by_name())
             best, count = best.better(now) if best else now, count + 1
         found.append(best)
         drawn.append(count)
@@ -206,10 +206,14 @@ def key_of(given: Given, method: str) -> str:
     return digest([recipe, given.iterations, given.batch, given.train_seconds if method in TRAINED else 0, SEARCHES.get(method)])
 
 
+def file_name(policy: str, steps: int, method: str, seed: int) -> str:
+    stem = "-".join(part.replace("/", "_").replace(", ", "_").replace(" ", "_") for part in (policy, str(steps), method))
+    return f"{stem}-{seed}.json"
+
+
 def made(given: Given, method: str, seed: int, folder: Path = FOLDER) -> dict[str, Any]:
     """The record of a run, which is made if it isn't there."""
-    stem = "-".join(part.replace("/", "_").replace(", ", "_").replace(" ", "_") for part in (given.policy, str(given.steps), method))
-    file = folder / f"{stem}-{seed}.json"
+    file = folder / file_name(given.policy, given.steps, method, seed)
     if file.exists() and (known := records.read(file))["key"] == key_of(given, method):
         return known
     found = run(given, method, seed, folder)
@@ -222,7 +226,7 @@ def write(folder: Path = FOLDER, sheet: Path = PAGE) -> None:
     """The page of all runs that are there."""
     runs = [records.read(file) for file in sorted(folder.glob("*.json"))]
     if runs:
-        text = (__doc__ or "").split("\n\n", 1)[1].split("\n\nOne file")[0]
+        text = (__doc__ or "").split("\n\n")[1]
         sheet.write_text(noise_page.page(runs, text, METHODS), encoding="utf-8")
 
 

@@ -2,8 +2,10 @@
 
 PRDP's claim in miniature (arXiv 2402.08714): on few prompts it gains what policy gradients gain; on many, where policy gradients without
 a KL become unstable, it goes on. Flow-GRPO without a KL and PRDP, by the toybox's own recipes, on eight training prompts and on all 1,616,
-judged on the same held-out prompts. One JSON per run under results/prdp; a run that is there and was made by the same recipe is not made
-again. From all that exist it writes benchmarks/prdp.md and its plot. To be run from the repository's root.
+judged on the same held-out prompts. Two and a quarter hours on two cores.
+
+One JSON per run under results/prdp; a run that is there and was made by the same recipe is not made again. From all that exist it writes
+benchmarks/prdp.md and its plot. To be run from the repository's root.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.subject [--steps 240] [--every 20] [--seeds 0,1,2] [--only-table]`: RPO learns a subject; 40 minutes on two cores.
+"""`python -m benchmarks.subject [--steps 240] [--every 20] [--seeds 0,1,2] [--only-table]`: RPO learns a subject.
 
 RPO (arXiv 2407.12164) learns one particular thing from a few pictures of it, and stops where a validation reward is highest, the λ-harmonic
 mean of likeness and prompt-following. Here the thing is a star of four points that the model has never seen, and every star that a prompt
@@ -10,8 +10,8 @@ star of any kind or no known shape for the star, and asks for everything else: c
 second judge calls the subject a cross: of prompts without a cross it can say the same. `subject` is the verifier with the subject's own
 outline beside the six: everything as asked, and every star the particular one. Drawn scenes of the subject pass all three.
 
-One JSON per seed under results/subject; one that is there and was made by the same recipe is not made again. From all that exist it
-writes benchmarks/subject.md, its plot, and pictures of seed 0.
+Half an hour on two cores. One JSON per seed under results/subject; one that is there and was made by the same recipe is not made again.
+From all that exist it writes benchmarks/subject.md, its plot, and pictures of seed 0.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [
         "# A subject learnt by RPO",
         "Written by `python -m benchmarks.subject`; don't edit.",
-        (__doc__ or "").split("\n\n", 1)[1].split("\n\nOne JSON")[0],
+        (__doc__ or "").split("\n\n", 1)[1].split("\n\nHalf an hour")[0],
         f"{runs[0]['pictures']} pictures of the half that tests, the same noise for all; mean ± std over {len(runs)} seeds of "
         f"{statistics.fmean(run['seconds'] for run in runs):.0f} s of training each.",
         table(runs),

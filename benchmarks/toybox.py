@@ -1,8 +1,10 @@
 """`python -m benchmarks.toybox [NAME …] [--seconds 90] [--seeds 0,1,2] [--again] [--only-table]`: every algorithm, one world.
 
-Every recipe configs/toybox_NAME.yaml, and the default job, trains for the same seconds; evaluations are not counted. A NAME is one of
-these, or the path of a recipe. Each run is one file, results/toybox/NAME-SEED.json; one that is there and was made by the same recipe is
-not run again, so the command goes on where it was stopped. From all files that exist it then writes benchmarks/toybox.md and its plot.
+Every recipe configs/toybox_NAME.yaml, the default job, and RPO on the toybox's own task, trains for the same seconds; evaluations are not
+counted. A NAME is one of these, or the path of a recipe. A run takes two minutes and a half of two cores, all of them three hours.
+
+Each run is one file, results/toybox/NAME-SEED.json; one that is there and was made by the same recipe is not run again, so the command
+goes on where it was stopped. From all files that exist it then writes benchmarks/toybox.md and its plot.
 
 DenseGRPO's calibration, which can be kept and used again, stands beside the seconds and is not part of them.
 
@@ -37,14 +39,17 @@ from visalign.pictures import before_after
 from visalign.sampling import pictures
 from visalign.trainer import NonFiniteError, Trainer
 
-FOLDER = records.RESULTS / "toybox"
+FOLDER, RECIPES = records.RESULTS / "toybox", Path(__file__).parent / "recipes"
 LEFT_OUT = ("toybox_full", "toybox_reward_model", "toybox_noise_optimization", "toybox_rpo")  # longer; no policy learns; another task
 SETTINGS = ("policy", "rewards", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # of a recipe, kept with its run
 
 
 def names() -> list[str]:
     """The recipes that are compared."""
-    return [name for name in config.packaged() if re.match(r"toybox(_|$)", name) and name not in LEFT_OUT]
+    return [
+        *(name for name in config.packaged() if re.match(r"toybox(_|$)", name) and name not in LEFT_OUT),
+        str(RECIPES / "rpo_scenes.yaml"),
+    ]
 
 
 def load(name: str, seed: int, overrides: Mapping[str, Any] | None = None) -> Config:
