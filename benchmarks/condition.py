@@ -2,8 +2,9 @@
 
 Ctrl-U (arXiv 2410.11236) trains a generator to keep to a condition by a reward model that reads the condition back out of a picture, and
 gives less weight to places where the model reads two generations of one sample differently. Here scenes are noised, recovered at once, and
-held to their own map of colours (configs/toybox_ctrl_u.yaml). The reward errs: on half of the pictures it takes red for green, green for
-blue and blue for red within a square of half the side. Where is a function of the picture's bytes: it errs on two generations apart.
+held to their own map of colours (configs/toybox_ctrl_u.yaml). The reward errs: it sees a quarter of the pictures through a haze that
+halves every contrast to the ground, and asks for colours beyond the right ones. Which pictures is a function of their bytes, so that it
+errs on two generations of a sample apart, which is what their disagreement can show; an error that both share would pass.
 
 Compared for equal seconds, with the clean reward and with the one that errs: no weighting, which needs one generation of a sample and so
 takes more steps; Ctrl-U's, place by place; and a weight of the whole picture by its disagreement. On held-out scenes, noised to four
@@ -36,7 +37,7 @@ from visalign.paths import mix
 from visalign.rewards.condition import Condition
 from visalign.rollout import Prompts
 from visalign.scoring import RewardInput, RewardOutput
-from visalign.toybox import styles
+from visalign.toybox import scenes, styles
 from visalign.trainer import Trainer
 from visalign.trainers.reward_gradient import RewardGradient
 
@@ -58,30 +59,26 @@ CASES = (("clean", "none"), ("clean", "places"), ("erring", "none"), ("erring", 
 
 
 class ErringCondition(Condition):
-    """Agreement of the map of colours (`condition`, its form `error`), of pictures that are not seen as they are.
+    """Agreement of the map of colours (`condition`, its form `error`), of pictures some of which are seen through a haze.
 
     Args:
-        share: of the pictures on which colours are mistaken.
-        side: in pixels of the square within which they are.
+        share: of the pictures that are.
+        haze: share of the ground's colour in what is seen of them.
     """
 
-    def __init__(self, share: float = 0.5, side: int = 32):
+    def __init__(self, share: float = 0.25, haze: float = 0.5):
         super().__init__("colours", form="error")
-        self.share, self.side = share, side
+        self.share, self.haze = share, haze
 
     def score(self, batch: RewardInput) -> RewardOutput:
         return super().score(replace(batch, images=torch.stack([self.seen(image) for image in batch.images])))
 
     def seen(self, image: Tensor) -> Tensor:
-        """(3, H, W), with the channels turned within the square, where it errs."""
+        """What is seen of a picture (3, H, W)."""
         pixels = image.detach().mul(255).round().byte().cpu().numpy().tobytes()
-        rng = random.Random(hashlib.sha256(pixels).digest())
-        if rng.random() >= self.share:
+        if random.Random(hashlib.sha256(pixels).digest()).random() >= self.share:
             return image
-        top, left = (rng.randrange(size - self.side + 1) for size in image.shape[1:])
-        inside = torch.zeros_like(image[:1])
-        inside[:, top : top + self.side, left : left + self.side] = 1
-        return torch.where(inside > 0, image.roll(1, 0), image)
+        return image + self.haze * (image.new_tensor(scenes.GROUND)[:, None, None] / 255 - image)
 
 
 def overrides(read: str, weighted: str) -> dict[str, Any]:
@@ -100,13 +97,13 @@ def recovered(trainer: Trainer, prompts: Prompts, level: int) -> tuple[Tensor, T
     assert isinstance(trainer, RewardGradient)
     family = trainer.policy.family
     texts, metadata = prompts.texts, prompts.metadata
-    scenes = torch.cat([styles.drawn(text, record, 1, seed=n) for n, (text, record) in enumerate(zip(texts, metadata, strict=True))])
-    scenes = scenes.to(trainer.device)
+    shown = torch.cat([styles.drawn(text, record, 1, seed=n) for n, (text, record) in enumerate(zip(texts, metadata, strict=True))])
+    shown = shown.to(trainer.device)
     noise = gaussian(family.latent_shape, 0, prompts.noise_ids, 0, device=trainer.device)
     at = torch.full((len(prompts),), level)
-    x = mix(family.path, family.encode_images(scenes), noise, trainer.sigmas[at])
+    x = mix(family.path, family.encode_images(shown), noise, trainer.sigmas[at])
     with trainer.averaged():
-        return scenes, family.decode(trainer.finish(x, at, family.encode(texts, metadata))).clamp(0, 1)
+        return shown, family.decode(trainer.finish(x, at, family.encode(texts, metadata))).clamp(0, 1)
 
 
 def judge(trainer: Trainer) -> toybox.Judged:
@@ -116,8 +113,8 @@ def judge(trainer: Trainer) -> toybox.Judged:
     for level in LEVELS:
         for rows in torch.arange(len(prompts)).split(trainer.settings.micro_batch):
             some = prompts.take(rows)
-            scenes, images = recovered(trainer, some, level)
-            references = [scene[None] for scene in scenes]
+            shown, images = recovered(trainer, some, level)
+            references = [scene[None] for scene in shown]
             agreement += clean.score(RewardInput(images, some.texts, some.metadata, references=references)).scores.tolist()
     return toybox.Judged(found.figures | {"agreement": statistics.fmean(agreement)}, found.right)
 

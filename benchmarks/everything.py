@@ -64,7 +64,7 @@ def jobs() -> list[Job]:
     files = [reward_runs.FOLDER / f"{reward_runs.stem(name)}-{seed}.json" for name in names for seed in SEEDS]
     found.append(Job("reward_runs", 2.3, files, names))
     files = [noise.FOLDER / noise.file_name("toybox/turbo", 1, method, seed) for method in noise.METHODS for seed in SEEDS]
-    found.append(Job("noise", 3.2, files))
+    found.append(Job("noise", 4.4, files))
     found.append(Job("prdp", 11.1, [prdp.FOLDER / f"{name}-{seed}.json" for name in prdp.cases() for seed in SEEDS]))
     asked = guidance.jobs(registry.names("steering"), list(SEEDS), None)
     found.append(Job("guidance", 0.6, [guidance.FOLDER / guidance.file_name(*job) for job in asked]))

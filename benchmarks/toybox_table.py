@@ -60,6 +60,7 @@ CLAIMS = {
     "rpo_scenes": Claim("RPO: DINO 0.652 at CLIP-T 0.314 on DreamBench, by early stopping; a subject is learnt in subject.md"),
     "toybox_cfg_distillation": Claim("quality of guidance without its second forward, and more diverse"),
     "toybox_ctrl_u": Claim("closer to its condition than ControlNet++; measured in condition.md"),
+    "toybox_noise_hypernet": Claim("HyperNoise: most of what optimised noise gains, for one forward; measured in noise.md"),
     "toybox_flow_grpo_fast": Claim("two trained steps as good as all of Flow-GRPO's on PickScore", FLOW),
 }
 
