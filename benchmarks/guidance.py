@@ -1,4 +1,4 @@
-"""`python -m benchmarks.guidance [METHOD …] [--seeds 0,1,2] [--prompts 66] [--aligned RUN] [--only-table]`: guided sampling at equal cost.
+"""`python -m benchmarks.guidance [METHOD …] [--seeds 0,1,2] [--prompts 36] [--aligned RUN] [--only-table]`: guided sampling at equal cost.
 
 Every method of `visalign/steering/` draws the same test prompts of the toybox with the same noise, guided by one reward, for multiples of
 the plain sampler's NFE (a backward counts as two forwards), and for multiples of its seconds. The verifier and the second judge only judge.
@@ -27,14 +27,15 @@ from visalign.drawing import Result
 from visalign.policy import Policy
 
 FOLDER = records.RESULTS / "guidance"
-STEPS, GUIDANCE, PICTURES = 10, 1.0, 2  # of the sampler, and per prompt
-NFE, SECONDS = (1, 2, 8, 32), (8,)  # multiples of the plain sampler's cost
+STEPS, GUIDANCE, PICTURES = 8, 1.0, 2  # of the sampler, and per prompt
+NFE, SECONDS = (1, 4, 32), (8,)  # multiples of the plain sampler's cost
 REWARD: dict[str, Any] = {"vlm_yes": {"use": "vlm_yes", "checkpoint": "toybox/vlm"}}
 JUDGES: dict[str, Any] = {
     "strict": {"use": "toybox", "form": "strict"},
     "second_judge": {"use": "visalign.toybox.judge:SecondJudge"},
     "diversity": {"use": "diversity", "checkpoint": "toybox/dino"},
 }
+PRECISION = "bf16"  # of the toybox; a run's own recipe says its
 SCALES = (2.0, 3.0, 4.5)  # of classifier-free guidance, for plain pictures of twice the cost
 
 
@@ -52,7 +53,7 @@ class Bench:
         self.folder, self.texts, self.metadata, self.batch = folder, drawn.texts, drawn.metadata, batch
         self.policies: dict[str, Policy] = {}
         self.panel, self.judges = api.panel(REWARD), api.panel(JUDGES)
-        self.settings = {"reward_options": REWARD, "prompts": count, "pictures": PICTURES, "steps": STEPS}
+        self.settings = {"reward_options": REWARD, "prompts": count, "pictures": PICTURES, "steps": STEPS, "precision": PRECISION}
 
     def run(self, method: str, kind: str, multiple: int, seed: int, model: str = "toybox", guidance: float = GUIDANCE) -> dict[str, Any]:
         """One method with one budget and seed: from its file, or drawn now."""
@@ -70,7 +71,7 @@ class Bench:
 
     def draw(self, method: str, budget: dict[str, float], seed: int, model: str, guidance: float) -> Result:
         if model not in self.policies:
-            self.policies[model] = api.load(model, "cpu")
+            self.policies[model] = api.load(model, "cpu", **({} if Path(model).is_dir() else {"precision": PRECISION}))
         sampler: dict[str, Any] = {"steps": STEPS, "guidance": guidance, "seed": seed, "batch": self.batch}
         return drawing.sample(
             self.policies[model],
@@ -121,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("methods", nargs="*", default=known, metavar="METHOD")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--prompts", type=int, default=66, help="of six kinds, so a multiple of six")
+    parser.add_argument("--prompts", type=int, default=36, help="of six kinds, so a multiple of six")
     parser.add_argument("--aligned", help="a run folder, for the hybrid sampler")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--only-table", action="store_true")
