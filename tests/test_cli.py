@@ -119,7 +119,9 @@ def picture(tmp_path: Path) -> Path:
         (["score", "a.png", "--reward", "jpeg"], "one of the arguments --prompt --prompts is required (see visalign --help)"),
         (["export", "nowhere", "--out", "there"], "nowhere is no run folder: it has no config.yaml"),
         (["plan", "toybox"], "`visalign plan` is not in this version"),
-        (["demo"], "`visalign demo` is not in this version"),
+        (["demo", "--reward", "jpg"], "no reward named 'jpg'; did you mean jpeg?"),
+        (["demo", "--reward", "diversity"], "--reward diversity: it compares pictures; the demo scores one by one"),
+        (["demo", "--device", "abacus"], "'abacus' can't be used here"),
     ],
 )
 def test_a_wrong_word(refused: Refused, words: list[str], message: str) -> None:
@@ -134,7 +136,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(command)
         assert done.value.code == 0
         assert "usage: visalign" in capsys.readouterr().out
-    assert all(name in overview for name in ("train", "check", "evaluate", "sample", "score", "export", "list", *cli.LATER))
+    assert all(name in overview for name in ("train", "check", "evaluate", "sample", "score", "export", "demo", "list", *cli.LATER))
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
         pictures.load(tmp_path / "a.png")
 
 
-def test_cut_off_missing_folder_and_oversized_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_off_missing_folder_oversized_files_and_other_formats(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
     with pytest.raises(UserError, match=r"part\.png can't be read"):
@@ -55,9 +55,10 @@ def test_cut_off_missing_folder_and_oversized_files(tmp_path: Path, monkeypatch:
         pictures.load(tmp_path / "none.png")
     with pytest.raises(UserError, match="can't be read"):
         pictures.load(tmp_path)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
-    with pytest.raises(UserError, match="too large: 64 × 64"):
-        pictures.load(tmp_path / "whole.png")
+    with pytest.raises(UserError, match=r"too large: 64 × 64, at most 0\.001 megapixels"):
+        pictures.load(tmp_path / "whole.png", most=1000)
+    with pytest.raises(UserError, match="expected JPEG, WEBP"):
+        pictures.load(tmp_path / "whole.png", formats=("JPEG", "WEBP"))
 
 
 def shades(count: int, height: int = 64, width: int = 64) -> torch.Tensor:

@@ -149,7 +149,7 @@ def test_many_pictures_are_thinned_and_sorted_by_number(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for step in range(0, 300, 10):
         Image.new("RGB", (2, 2)).save(tmp_path / "samples" / f"step_{step}.png")
-    figures = report._samples(tmp_path / "samples")
+    figures = report.samples(tmp_path)
     assert len(figures) == 8
     assert "step 290" in figures[0]
     assert "step 0" in figures[-1]

@@ -16,18 +16,24 @@ SMOOTHED = 25  # longer curves are smoothed, shorter ones show every point
 COLUMNS = 48  # most columns of a heat-map
 
 
-def chart(curves: Mapping[str, Sequence[Point]]) -> str:
-    """One chart of one or two named curves: axes, curves, and a title under every point."""
-    x = Axis([step for curve in curves.values() for step, _ in curve], LEFT, WIDTH - RIGHT, 0.0)
+def chart(curves: Mapping[str, Sequence[Point]], width: int = WIDTH, title: str = "", unit: str = "step") -> str:
+    """One chart of one or two named curves: axes, curves, and a title under every point.
+
+    Args:
+        title: what the curves are of, where their names don't say it.
+        unit: of the horizontal axis.
+    """
+    x = Axis([step for curve in curves.values() for step, _ in curve], LEFT, width - RIGHT, 0.0)
     y = Axis([value for curve in curves.values() for value in _typical(curve)], HEIGHT - BOTTOM, TOP, 0.06)
-    marks = _levels(y) + _below(x.ticks(4, whole=True), x)
-    inner = "".join(_curve(curve, key, colour, x, y) for (key, curve), colour in zip(curves.items(), "ab", strict=False))
-    box = (LEFT - 5, 0, WIDTH - LEFT + 5, HEIGHT - BOTTOM + 5)  # spikes are cut off here, not drawn over the axis
+    marks = _levels(y, width) + _below(x.ticks(4, whole=True), x)
+    inner = "".join(_curve(curve, key, colour, x, y, unit) for (key, curve), colour in zip(curves.items(), "ab", strict=False))
+    box = (LEFT - 5, 0, width - LEFT + 5, HEIGHT - BOTTOM + 5)  # spikes are cut off here, not drawn over the axis
     window = 'x="{}" y="{}" width="{}" height="{}" viewBox="{} {} {} {}"'.format(*box, *box)
-    colours = ["key-a", "key-b"] if len(curves) > 1 else ["key"]
-    names = " ".join(f'<span class="{colour}">{escape(key)}</span>' for key, colour in zip(curves, colours, strict=True))
+    colours = ["key-a", "key-b"] if len(curves) > 1 or title else ["key"]
+    names = " ".join(f'<span class="{colour}">{escape(key)}</span>' for key, colour in zip(curves, colours, strict=False))
     last = "" if len(curves) > 1 else number(next(iter(curves.values()))[-1][1])
-    return _frame(names, last, ", ".join(curves), f"{marks}<svg {window}>{inner}</svg>")
+    left, right = (escape(title), names) if title else (names, last)
+    return _frame(left, right, title or ", ".join(curves), f"{marks}<svg {window}>{inner}</svg>", width)
 
 
 def bars(name: str, values: Mapping[int, float], bold: Collection[int], width: int = WIDTH) -> str:
@@ -103,7 +109,7 @@ def _below(ticks: Sequence[tuple[float, str]], x: Axis) -> str:
     return "".join(f'<text x="{x(tick):.1f}" y="{HEIGHT - 5}" text-anchor="middle">{label}</text>' for tick, label in ticks)
 
 
-def _curve(points: Sequence[Point], key: str, colour: str, x: Axis, y: Axis) -> str:
+def _curve(points: Sequence[Point], key: str, colour: str, x: Axis, y: Axis, unit: str) -> str:
     """A curve with its points: all of them if they are few, else faint under a smooth line and averaged to what a screen can show."""
     few = len(points) <= SMOOTHED
     shown = points if few else binned(points, 300)
@@ -112,10 +118,10 @@ def _curve(points: Sequence[Point], key: str, colour: str, x: Axis, y: Axis) -> 
     targets = points if few else binned(points, 100)
     dots = [f'<circle class="{colour}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>' for step, value in targets]
     drawn += dots if few else []
-    wide = (WIDTH - LEFT - RIGHT) / len(targets)
+    wide = (x.end - x.start) / len(targets)
     for (step, value), dot in zip(targets, dots, strict=True):
         area = f'<rect x="{x(step) - wide / 2:.1f}" y="0" width="{wide:.1f}" height="{HEIGHT - BOTTOM}"/>'
-        drawn.append(f'<g class="at">{area}{dot}<title>{escape(key)}, step {step:.6g}: {value:.5g}</title></g>')
+        drawn.append(f'<g class="at">{area}{dot}<title>{escape(key)}, {unit} {step:.6g}: {value:.5g}</title></g>')
     return "".join(drawn)
 
 

@@ -1,4 +1,4 @@
-"""The `visalign` command: train, check, evaluate, sample, score, export, list."""
+"""The `visalign` command: train, check, evaluate, sample, score, export, demo, list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from visalign.errors import UserError
 
 LATER = {  # commands whose issue has not been built yet: they say so rather than be missing
     "plan": "the planner of memory and time",
-    "demo": "the Gradio demo",
 }
 
 
@@ -65,6 +64,14 @@ def parser() -> Parser:
     one.add_argument("--out", type=Path, required=True, metavar="DIR")
     one.add_argument("--merge", action="store_true", help="the whole pipeline with the adapter merged")
     one.add_argument("--blend", metavar="RUN=SHARE", help="merge, and mix in a share of another run's weights, from 0 to 1")
+    one = commands.add_parser("demo", help="a page to generate, score and look at runs, in a browser")
+    offered = {"--model": "offered (default: toybox)", "--reward": "offered (default: the toybox's)", "--judge": "held out"}
+    for flag, text in offered.items():
+        one.add_argument(flag, action="append", default=[], metavar="NAME", help=f"{text}; may be given again")
+    one.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="run folders below it are shown (default: runs)")
+    one.add_argument("--device", default="auto")
+    one.add_argument("--host", default="127.0.0.1", help="127.0.0.1 (default) lets this machine alone in, 0.0.0.0 everybody")
+    one.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
     one = commands.add_parser("list", help="what there is")
     one.add_argument("kind", nargs="?", choices=["rewards", "trainers", "families", "steering", "configs", "schema"])
     for name, text in LATER.items():
@@ -112,7 +119,7 @@ def _run(words: list[str]) -> int:
 def _known(command: str) -> None:
     from visalign.explain import nearest
 
-    known = ["train", "check", "evaluate", "sample", "score", "export", "list", *LATER]
+    known = ["train", "check", "evaluate", "sample", "score", "export", "demo", "list", *LATER]
     if command not in known:
         raise UserError(f"no command {command!r}{nearest(command, known)}")
 
@@ -232,6 +239,12 @@ def _blend(word: str) -> tuple[Path, float]:
     if not run or not 0 <= share <= 1:
         raise UserError(f"--blend {word}: expected RUN=SHARE, such as runs/diverse=0.5, with a share from 0 to 1")
     return Path(run), share
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from visalign import demo
+
+    return demo.serve(parsed.model, parsed.reward, parsed.judge, parsed.runs, parsed.device, parsed.host, parsed.port)
 
 
 def _list(parsed: argparse.Namespace) -> int:

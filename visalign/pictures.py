@@ -32,13 +32,17 @@ FPS = 16  # of video files
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path) -> Tensor:
+def load(path: str | Path, formats: tuple[str, ...] | None = None, most: int = MAX_PIXELS) -> Tensor:
     """A picture file as (3, H, W) float32 in [0, 1]: turned as its EXIF says, transparency laid on white, the first frame of several.
 
+    Args:
+        formats: Pillow's names of those that are read, whatever the file's name says; None: all.
+        most: pixels.
+
     Raises:
-        UserError: no such file, not a picture, broken, or above 64 megapixels.
+        UserError: no such file, not a picture, broken, or too large.
     """
-    return _load(path, 1)[0]
+    return _load(path, 1, formats, most)[0]
 
 
 def load_video(path: str | Path) -> Tensor:
@@ -52,27 +56,25 @@ def shown(paths: Sequence[str | Path]) -> Tensor:
     return media[:, 0] if media.shape[1] == 1 else media
 
 
-def _load(path: str | Path, frames: int | None) -> Tensor:
+def _load(path: str | Path, frames: int | None, formats: tuple[str, ...] | None = None, most: int = MAX_PIXELS) -> Tensor:
     """The first so many frames (F, 3, H, W), or all."""
+    limit = f"at most {most / 1e6:g} megapixels; scale it down"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(
-                        f"{path} is too large: {image.width} × {image.height}, at most {MAX_PIXELS // 10**6} megapixels; scale it down"
-                    )
+            with Image.open(path, formats=formats) as image:
+                if image.width * image.height > most:
+                    raise UserError(f"{path} is too large: {image.width} × {image.height}, {limit}")
                 shown = [np.array(_upright(frame)) for frame in islice(ImageSequence.Iterator(image), frames)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path} is too large, at most {MAX_PIXELS // 10**6} megapixels; scale it down") from None
+        raise UserError(f"{path} is too large, {limit}") from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError on a broken PNG
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{path} can't be read as a picture ({error}); expected PNG, JPEG, WebP or another format that Pillow reads"
-        ) from None
+        expected = "PNG, JPEG, WebP or another format that Pillow reads" if formats is None else ", ".join(formats)
+        raise UserError(f"{path} can't be read as a picture ({error}); expected {expected}") from None
     return torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 255
 
 

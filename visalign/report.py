@@ -8,13 +8,12 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from visalign import monitors, tracking
+from visalign import monitors, overrides, tracking
 from visalign.charts import THIRD, TWO_THIRDS, Point, bars, chart, count, heatmap, number
 
 FORWARDS = ("nfe", "nfe_credit", "nfe_train")  # denoiser forwards per picture
@@ -50,12 +49,15 @@ STEPS_ADVICE = (
     "deviations of a step's noise its mean moves when the network's prediction moves by 1; faint: never trained."
 )
 
-STYLE = """
-:root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1a1f26;--faint:#66707d;--rule:#e1e5ea;--a:#2563eb;--b:#d97706;
---good:#15803d;--bad:#c62828;--warn:#fff4e0;--warn-rule:#e8a33d}@media(prefers-color-scheme:dark){
-:root{--paper:#0f1216;--card:#181c22;--ink:#e6e9ed;--faint:#939dab;--rule:#2b313a;--a:#6ea2ff;--b:#f0a63c;--good:#4ade80;--bad:#ff7b72;
---warn:#2c2415;--warn-rule:#a87422}}*{box-sizing:border-box}
+LIGHT = """--paper:#f6f7f9;--card:#fff;--ink:#1a1f26;--faint:#66707d;--rule:#e1e5ea;--a:#2563eb;--b:#d97706;
+--good:#15803d;--bad:#c62828;--warn:#fff4e0;--warn-rule:#e8a33d"""
+DARK = """--paper:#0f1216;--card:#181c22;--ink:#e6e9ed;--faint:#939dab;--rule:#2b313a;--a:#6ea2ff;--b:#f0a63c;--good:#4ade80;--bad:#ff7b72;
+--warn:#2c2415;--warn-rule:#a87422"""
+PAGE = """
 body{margin:0 auto;max-width:1240px;padding:28px 20px 60px;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+@media(max-width:560px){body{padding:20px 12px 40px}}
+"""
+PARTS = """*{box-sizing:border-box}
 h1{font-size:26px;margin:0;line-height:1.2;overflow-wrap:anywhere}h2{font-size:18px;margin:32px 0 2px}p{margin:0}.note{color:var(--faint)}
 .cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));margin-top:16px}
 .panels{display:grid;column-gap:12px;grid-template-columns:repeat(4,1fr);align-items:end}section{min-width:0}
@@ -84,9 +86,9 @@ font:13px/1.45 ui-monospace,monospace}@media(max-width:1000px){.panels{grid-temp
 .steps .charts{grid-template-columns:1fr 1fr}}
 @media(max-width:560px){.panels{grid-template-columns:minmax(0,1fr)}.n2,.n3,.n4{--n:1;grid-column:span 1}
 .steps .charts{grid-template-columns:minmax(0,1fr)}.wide{grid-column:span 1;overflow-x:auto}.wide svg{width:720px}
-body{padding:20px 12px 40px}
 .cards{grid-template-columns:1fr 1fr;gap:8px}.card b{font-size:17px}figure{overflow-x:auto}figure img{max-width:none;width:720px}}
 """
+STYLE = f":root{{color-scheme:light dark;{LIGHT}}}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}{PAGE}{PARTS}"
 
 
 def write(folder: Path) -> Path:
@@ -95,35 +97,44 @@ def write(folder: Path) -> Path:
     Raises:
         UserError: no metrics.jsonl there.
     """
-    folder, rows = Path(folder), tracking.read(folder)
-    name = escape(folder.resolve().name)
-    config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    newest, *older = _samples(folder / "samples") or [""]
-    body = [
-        f'<h1>{name}</h1><p class="note">{escape(_subtitle(text))}</p><div class="cards">{_cards(rows)}</div>{_alarms(rows)}',
-        f'<h2>Pictures</h2><p class="note">The same prompts and seeds, before and after.</p>{newest}' if newest else "",
-        f"<details><summary>Earlier pictures ({len(older)})</summary>{''.join(older)}</details>" if older else "",
-        f'<div class="panels">{_panels(rows)}</div>' if rows else '<p class="note">No steps yet: the curves begin with the first row.</p>',
-        f"<h2>Recipe</h2><details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>" if text else "",
-    ]
-    content = "\n".join(body)
+    folder = Path(folder)
+    content = body(folder)
     path = folder / "report.html"
     new = path.with_suffix(".html.new")
     new.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name} · visalign</title><style>{STYLE}</style></head><body>\n{content}\n</body></html>\n",
+        f"<title>{_name(folder)} · visalign</title><style>{STYLE}</style></head><body>\n{content}\n</body></html>\n",
         encoding="utf-8",
     )
     return new.replace(path)
 
 
+def body(folder: Path) -> str:
+    """What stands in the report, for a page that has its style."""
+    rows = tracking.read(folder)
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    subtitle = _subtitle(overrides.read(config)) if text else ""
+    newest, *older = samples(folder) or [""]
+    parts = [
+        f'<h1>{_name(folder)}</h1><p class="note">{escape(subtitle)}</p><div class="cards">{_cards(rows)}</div>{alarms(rows)}',
+        f'<h2>Pictures</h2><p class="note">The same prompts and seeds, before and after.</p>{newest}' if newest else "",
+        f"<details><summary>Earlier pictures ({len(older)})</summary>{''.join(older)}</details>" if older else "",
+        f'<div class="panels">{_panels(rows)}</div>' if rows else '<p class="note">No steps yet: the curves begin with the first row.</p>',
+        f"<h2>Recipe</h2><details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>" if text else "",
+    ]
+    return "\n".join(parts)
+
+
+def _name(folder: Path) -> str:
+    return escape(folder.resolve().name)
+
+
 # --- key figures -------------------------------------------------------------------------------------------------------
 
 
-def _subtitle(text: str) -> str:
+def _subtitle(config: Mapping[str, Any]) -> str:
     """ "flow_grpo · toybox · rewards: verifier" as far as the recipe says so."""
-    config = yaml.safe_load(text) or {}
     rewards = ", ".join(config.get("rewards") or {})
     parts = [config.get("trainer", {}).get("name"), config.get("policy", {}).get("model"), f"rewards: {rewards}" if rewards else None]
     return " · ".join(str(part) for part in parts if part)
@@ -132,8 +143,8 @@ def _subtitle(text: str) -> str:
 def _cards(rows: Sequence[tracking.Row]) -> str:
     """Before → after of every held-out metric, then what it took."""
     cards: list[str] = []
-    for key in _keys(rows):
-        points = _points(rows, key)
+    for key in metrics(rows):
+        points = curve(rows, key)
         if key.startswith("eval/") and points:
             (first_step, first), (last_step, last) = points[0], points[-1]
             best_step, best = max(points, key=lambda point: point[1])
@@ -143,7 +154,7 @@ def _cards(rows: Sequence[tracking.Row]) -> str:
             peak += f"<span> · base at its best guidance {number(max(scan))}</span>" if scan else ""
             figures = f"<b><i>{number(first)} →</i> {number(last)}</b>" if len(points) > 1 else f"<b>{number(last)}</b>"
             cards.append(f'<span>{escape(key.removeprefix("eval/"))}</span>{figures}<span class="{tone}">{last - first:+.3g}</span>{peak}')
-    seconds, pictures = (sum(value for _, value in _points(rows, key)) for key in ("seconds", "images"))
+    seconds, pictures = (sum(value for _, value in curve(rows, key)) for key in ("seconds", "images"))
     spent = {name: sum(row.get("images", 0) * row.get(key, 0) for row in rows) for key, name in SPENT.items()}
     totals = {"steps": f"{rows[-1]['step']:.0f}" if rows else "0", "training time": _duration(seconds)}
     totals["training pictures"] = count(pictures)
@@ -159,7 +170,8 @@ def _cards(rows: Sequence[tracking.Row]) -> str:
     return "".join(f'<div class="card">{card}</div>' for card in cards)
 
 
-def _alarms(rows: Sequence[tracking.Row]) -> str:
+def alarms(rows: Sequence[tracking.Row]) -> str:
+    """What the monitors say of a run."""
     found = monitors.alarms(rows)
     if found:
         return f'<ul class="alarms">{"".join(f"<li>{escape(alarm)}</li>" for alarm in found)}</ul>'
@@ -167,13 +179,13 @@ def _alarms(rows: Sequence[tracking.Row]) -> str:
     return f'<p class="calm">✓ No alarm in {len(rows)} rows, {evaluations} of them with an evaluation (a trend needs 4).</p>'
 
 
-def _samples(folder: Path, most: int = 8) -> list[str]:
-    """Figures with the pictures inside, newest first; of many, an even choice that keeps the first and the newest."""
+def samples(folder: Path, most: int = 8) -> list[str]:
+    """Figures of a run's grids with the pictures inside, newest first; of many, an even choice that keeps the first and the newest."""
 
     def natural(path: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.stem)]
 
-    paths = sorted(folder.glob("*.png"), key=natural, reverse=True)
+    paths = sorted((folder / "samples").glob("*.png"), key=natural, reverse=True)
     if len(paths) > most:
         paths = [paths[round(n * (len(paths) - 1) / (most - 1))] for n in range(most)]
     figures: list[str] = []
@@ -190,30 +202,40 @@ def _samples(folder: Path, most: int = 8) -> list[str]:
 
 
 def _panels(rows: Sequence[tracking.Row]) -> str:
-    left = [key for key in _keys(rows) if key != "step" and not BY_STEP.fullmatch(key) and _points(rows, key)]
-    mean = _points(rows, "reward/mean")  # a single reward is its own mean
-    left = [key for key in left if not (key.startswith("reward/") and key != "reward/mean" and _points(rows, key) == mean)]
-    panels: list[str] = []
+    left = plain(rows)
+    mean = curve(rows, "reward/mean")  # a single reward is its own mean
+    left = [key for key in left if not (key.startswith("reward/") and key != "reward/mean" and curve(rows, key) == mean)]
+    return panels(left, lambda keys: [chart({key: curve(rows, key) for key in keys})], {"Health": _by_step(rows)})
+
+
+def panels(left: Sequence[str], draw: Callable[[Sequence[str]], list[str]], before: Mapping[str, str] | None = None) -> str:
+    """Metrics by what they tell.
+
+    Args:
+        left: their keys.
+        draw: charts of keys that belong together.
+        before: panel -> what stands before it.
+    """
+    found: list[str] = []
     for title, patterns in PANELS.items():
-        if title == "Health":
-            panels.append(_by_step(rows))
+        found.append((before or {}).get(title, ""))
         drawn: list[str] = []
         for pattern in patterns:
             matches = [[key for key in left if re.fullmatch(part, key)] for part in pattern.split("&")]
             groups = [[key] for key in matches[0]] if len(matches) == 1 else [[key for match in matches for key in match]]
-            drawn += [chart({key: _points(rows, key) for key in keys}) for keys in groups if keys]
+            drawn += [drawing for keys in groups if keys for drawing in draw(keys)]
             left = [key for key in left if not any(key in keys for keys in groups)]
         if drawn:
             head = f'<h2>{title}</h2><p class="note">{ADVICE.get(title, "")}</p>'
-            panels.append(f'<section class="n{min(len(drawn), 4)}">{head}<div class="charts">{"".join(drawn)}</div></section>')
-    return "\n".join(panels)
+            found.append(f'<section class="n{min(len(drawn), 4)}">{head}<div class="charts">{"".join(drawn)}</div></section>')
+    return "\n".join(found)
 
 
 def _by_step(rows: Sequence[tracking.Row]) -> str:
     """What happened at each denoising step: heat-maps over training time, and the gain of the transition."""
     found: dict[str, dict[int, list[Point]]] = {name: {} for name in (*MAPS, "gain")}
-    for match in filter(None, map(BY_STEP.fullmatch, _keys(rows))):
-        if points := _points(rows, match[0]):
+    for match in filter(None, map(BY_STEP.fullmatch, metrics(rows))):
+        if points := curve(rows, match[0]):
             found[match[1]][int(match[2])] = points
     gains = {step: points[-1][1] for step, points in sorted(found.pop("gain").items())}
     drawn: list[str] = []
@@ -232,11 +254,18 @@ def _by_step(rows: Sequence[tracking.Row]) -> str:
     return f'<section class="steps"><h2>Denoising steps</h2><p class="note">{note}</p><div class="charts">{"".join(drawn)}</div></section>'
 
 
-def _keys(rows: Sequence[tracking.Row]) -> list[str]:
+def metrics(rows: Sequence[tracking.Row]) -> list[str]:
+    """Keys in order of appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def _points(rows: Sequence[tracking.Row], key: str) -> list[Point]:
+def plain(rows: Sequence[tracking.Row]) -> list[str]:
+    """Keys of curves: not those of single denoising steps, nor those without a value."""
+    return [key for key in metrics(rows) if key != "step" and not BY_STEP.fullmatch(key) and curve(rows, key)]
+
+
+def curve(rows: Sequence[tracking.Row], key: str) -> list[Point]:
+    """(step, value) wherever a metric is finite."""
     return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
