@@ -7,8 +7,9 @@ halves every contrast to the ground, and asks for colours beyond the right ones.
 errs on two generations of a sample apart, which is what their disagreement can show; an error that both share would pass.
 
 Compared for equal seconds, with the clean reward and with the one that errs: no weighting, which needs one generation of a sample and so
-takes more steps; Ctrl-U's, place by place; and a weight of the whole picture by its disagreement. On held-out scenes, noised to four
-levels and recovered, the clean map says what was learnt; the verifier and the second judge say what it did to pictures drawn from noise.
+takes more steps; Ctrl-U's, place by place; and a weight of the whole picture by its disagreement. Held-out scenes are noised to four levels
+and recovered: `agreement` is that of the clean map, which can't tell a right colour from one beyond it, `closeness`
+that of the objects' colours themselves. The verifier and the second judge say what became of pictures drawn from noise.
 
 Forty minutes on two cores. One JSON per run under results/condition; one that is there and was made by the same recipe is not made again.
 From all that exist it writes benchmarks/condition.md, and pictures of seed 0.
@@ -46,9 +47,11 @@ FOLDER, PAGE, PICTURES = records.RESULTS / "condition", ROOT / "benchmarks" / "c
 RECIPE = "toybox_ctrl_u"
 SCENES, LEVELS = 128, (4, 8, 12, 16)  # held out; steps of the recipe's grid from which they are recovered
 SHOWN = slice(0, 8)
+INK = 0.1  # difference from the ground from which on a scene's pixel is an object's
+KEYS = ("agreement", "closeness", "strict", "second_judge")
 READ: dict[str, dict[str, Any]] = {
     "clean": {"use": "condition", "kind": "colours", "form": "error"},
-    "erring": {"use": "benchmarks.condition:ErringCondition"},
+    "erring": {"use": "benchmarks.condition:ErringCondition", "share": 0.25, "haze": 0.5},
 }
 WEIGHTED: dict[str, dict[str, Any]] = {
     "none": {},
@@ -106,17 +109,25 @@ def recovered(trainer: Trainer, prompts: Prompts, level: int) -> tuple[Tensor, T
         return shown, family.decode(trainer.finish(x, at, family.encode(texts, metadata))).clamp(0, 1)
 
 
+def closeness(shown: Tensor, images: Tensor) -> Tensor:
+    """(N,) in [0, 1]: 1 less the mean absolute difference of pictures (N, 3, H, W) from scenes, where these have objects."""
+    ground = shown.new_tensor(scenes.GROUND)[:, None, None] / 255
+    objects = (shown - ground).abs().amax(1) > INK
+    return 1 - ((images - shown).abs().mean(1) * objects).sum((1, 2)) / objects.sum((1, 2))
+
+
 def judge(trainer: Trainer) -> toybox.Judged:
-    """The judges of every run, and `agreement`, over classes and levels, of the clean map with that of the scene."""
+    """The judges of every run, and `agreement` and `closeness` of recovered scenes, averaged over levels."""
     found, prompts = toybox.judge(trainer), trainer.examiner.prompts.take(slice(0, SCENES))
-    clean, agreement = Condition("colours"), list[float]()
+    clean, agreement, close = Condition("colours"), list[float](), list[float]()
     for level in LEVELS:
         for rows in torch.arange(len(prompts)).split(trainer.settings.micro_batch):
             some = prompts.take(rows)
             shown, images = recovered(trainer, some, level)
             references = [scene[None] for scene in shown]
             agreement += clean.score(RewardInput(images, some.texts, some.metadata, references=references)).scores.tolist()
-    return toybox.Judged(found.figures | {"agreement": statistics.fmean(agreement)}, found.right)
+            close += closeness(shown, images).tolist()
+    return toybox.Judged(found.figures | {"agreement": statistics.fmean(agreement), "closeness": statistics.fmean(close)}, found.right)
 
 
 def portrait(trainer: Trainer) -> Tensor:
@@ -134,9 +145,9 @@ def table(runs: Sequence[Run]) -> str:
         some = groups.get(f"{read}_{weighted}")
         if some:
             steps = f"{statistics.fmean(run['steps'] for run in some):.0f}"
-            figures = [change(some, key) for key in ("agreement", "strict", "second_judge", "diversity")]
+            figures = [change(some, key) for key in (*KEYS, "diversity")]
             rows.append([f"`{read}`", weighted, str(len(some)), steps, *figures])
-    return markdown(["reward", "weighting", "seeds", "steps", "agreement", "strict", "second judge", "diversity"], rows)
+    return markdown(["reward", "weighting", "seeds", "steps", *(key.replace("_", " ") for key in KEYS), "diversity"], rows)
 
 
 def verdict(runs: Sequence[Run], better: tuple[str, str], worse: tuple[str, str], key: str) -> str:
@@ -144,8 +155,8 @@ def verdict(runs: Sequence[Run], better: tuple[str, str], worse: tuple[str, str]
     ends = [{run["seed"]: run["curve"][-1][key] for run in runs if run["name"] == "_".join(case)} for case in (better, worse)]
     gaps = [value - ends[1][seed] for seed, value in ends[0].items() if seed in ends[1]]
     if len(gaps) < 2:
-        return f"{key} not known, {len(gaps)} seeds of both"
-    return f"{key} {mean_and_std(gaps)}, p = {over_seeds(gaps):.3f}"
+        return f"not known: {len(gaps)} seeds of both"
+    return f"{mean_and_std(gaps)}, p = {over_seeds(gaps):.3f}"
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -153,23 +164,22 @@ def page(runs: Sequence[Run]) -> str:
     machine = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}" for r in runs})
     seconds = ", ".join(sorted({f"{run['seconds']:g}" for run in runs}))
     asked = {
-        "What the errors cost (no weighting, clean less erring)": (CASES[0], CASES[2]),
-        "What Ctrl-U's weighting is worth with the reward that errs": (CASES[3], CASES[2]),
-        "What a weight of whole pictures is worth there": (CASES[4], CASES[2]),
-        "What Ctrl-U's weighting is worth with the clean reward": (CASES[1], CASES[0]),
+        "what the errors cost: clean less erring, no weighting": (CASES[0], CASES[2]),
+        "what weighting places is worth with the reward that errs": (CASES[3], CASES[2]),
+        "what weighting pictures is worth there": (CASES[4], CASES[2]),
+        "what weighting places is worth with the clean reward": (CASES[1], CASES[0]),
     }
-    keys = ("agreement", "strict", "second_judge")
-    lines = [f"* {text}: {'; '.join(verdict(runs, *pair, key) for key in keys)}." for text, pair in asked.items()]
+    lines = [[text, *(verdict(runs, *pair, key) for key in KEYS)] for text, pair in asked.items()]
     shown = [f"{read}_{weighted}" for read, weighted in CASES if (PICTURES / f"{read}_{weighted}.png").exists()]
     parts = [
         "# Ctrl-U with a reward that errs",
         "Written by `python -m benchmarks.condition`; don't edit.",
         (__doc__ or "").split("\n\n", 1)[1].split("\n\nForty minutes")[0],
         f"Runs of {seconds} s of training from the same base, {runs[0]['pictures']} held-out prompts; agreement is the mean soft "
-        f"intersection over union of {SCENES} held-out scenes at {len(LEVELS)} levels. Before → after, mean ± std over seeds.",
+        f"intersection over union of {SCENES} scenes at {len(LEVELS)} levels. Before → after, mean ± std over seeds.",
         table(runs),
         "Differences at the end, paired by seed, mean ± std, with p of a one-sided t-test over seeds:",
-        "\n".join(lines),
+        markdown(["at the end", *(key.replace("_", " ") for key in KEYS)], lines),
         *(
             f"`{name}`, seed 0, scenes recovered before above after:\n\n![{name}](../assets/pictures/condition/{name}.png)"
             for name in shown

@@ -27,6 +27,7 @@ from visalign.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = records.RESULTS / "distillation", ROOT / "benchmarks" / "distillation.md"
+PLOT = ROOT / "assets" / "pictures" / "distillation_runs.png"
 RECIPE = "toybox_cfg_distillation"
 JUDGES = ("strict", "second_judge", "clip_score", "diversity")
 Row = dict[str, Any]
@@ -96,9 +97,42 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         f"between theirs. {runs[0]['pictures']} held-out prompts, the same noise for all; mean ± std over {len(runs)} seeds. NFE are "
         "forwards a picture.",
         markdown(["model", "NFE", "strict", "second judge", "CLIP score", "diversity"], lines),
+        "\n".join(claim(runs, judge) for judge in ("strict", "second_judge", "diversity")),
+        "![accuracy over diversity, from the one student's weights to the other's](../assets/pictures/distillation_runs.png)",
         "Made on: " + "; ".join(machine) + ".",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def claim(runs: Sequence[dict[str, Any]], judge: str) -> str:
+    """The student of each kind less the teacher, paired by seed."""
+    said: list[str] = []
+    for share, kind in ((0.0, "quality"), (1.0, "diversity")):
+        ends = [row[judge] - run["rows"][1][judge] for run in runs for row in run["curve"] if row["share"] == share]
+        said += [f"the student for {kind} {mean_and_std(ends)}"] if ends else []
+    return f"* {judge.replace('_', ' ')} over the guided teacher's: {', '.join(said)}."
+
+
+def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Both judges over diversity, averaged over seeds: the way from one student's weights to the other's, the base and its guidance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=100)
+    mean = lambda rows, key: [statistics.fmean(row[key] for row in same) for same in zip(*rows, strict=True)]  # noqa: E731
+    for panel, judge in zip(figure.subplots(1, 2), ("strict", "second_judge"), strict=True):
+        curve, rows = [run["curve"] for run in runs], [run["rows"] for run in runs]
+        x, y = mean(curve, "diversity"), mean(curve, judge)
+        panel.plot(x, y, "o-")
+        for share, *place in zip(mean(curve, "share"), x, y, strict=True):
+            panel.annotate(f"{share:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
+        for row, *place in zip(runs[0]["rows"], mean(rows, "diversity"), mean(rows, judge), strict=True):
+            panel.plot(*place, "s", label=row["name"])
+        panel.set(title=f"{judge.replace('_', ' ')}; numbers: share of the student for diversity", xlabel="diversity")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def cells(rows: Sequence[Row]) -> list[str]:
@@ -127,6 +161,7 @@ def main() -> None:
     runs = [records.read(file) for file in sorted(FOLDER.glob("*.json"))]
     if runs:
         PAGE.write_text(page(runs), encoding="utf-8")
+        plot(runs, PLOT)
 
 
 if __name__ == "__main__":

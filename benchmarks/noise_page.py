@@ -77,4 +77,17 @@ def claims(groups: Groups) -> str:
                 one, two = (statistics.fmean(run["judges"][judge] for run in groups[name]) for name in (better, worse))
                 found.append(f"{judge} {one - two:+.3f}: {'yes' if one > two else 'no'}")
             lines.append(f"* {what}? " + "; ".join(found) + ".")
+    if {"none", "reno", "hypernoise"} <= set(groups):
+        lines.append(f"* how much of ReNO's gain does the hypernetwork keep? {kept(groups)}.")
     return "\n".join(lines)
+
+
+def kept(groups: Groups) -> str:
+    """The share of the optimised noise's gain that the amortised one has, and its seconds over the plain sampler's."""
+    mean = lambda method, part: statistics.fmean(part(run) for run in groups[method])  # noqa: E731
+    said: list[str] = []
+    for judge in ("strict", "second_judge"):
+        none, reno, hyper = (mean(method, lambda run, judge=judge: run["judges"][judge]) for method in ("none", "reno", "hypernoise"))
+        said.append(f"{judge} {hyper - none:+.3f} of {reno - none:+.3f}")
+    times = mean("hypernoise", lambda run: run["seconds"]) / mean("none", lambda run: run["seconds"])
+    return f"{'; '.join(said)}; at {times:.1f} times the plain sampler's seconds"

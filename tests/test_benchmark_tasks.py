@@ -102,11 +102,19 @@ def test_a_reward_that_errs_on_some_pictures_and_alike_each_time() -> None:
     assert torch.autograd.grad(said.sum(), images)[0].isfinite().all()
 
 
+def test_closeness_is_of_the_objects_colours() -> None:
+    scene = styles.drawn("a red circle", {}, 1)
+    assert condition.closeness(scene, scene).tolist() == [1]
+    ground = torch.tensor(scenes.GROUND)[:, None, None] / 255
+    assert condition.closeness(scene, scene + 0.3 * ((scene - ground).abs().amax(1) > 0.1)).item() == pytest.approx(0.7)
+    assert condition.closeness(scene, scene + 0.3 * ((scene - ground).abs().amax(1) <= 0.1)).item() == pytest.approx(1.0)
+
+
 def test_the_page_of_a_condition(tmp_path: Path) -> None:
     def one(name: str, seed: int, end: float) -> dict[str, Any]:
         found = run(name, seed, 0.6)
         for point, value in zip(found["curve"], (0.5, 0.5, end), strict=True):
-            point["agreement"] = value
+            point |= {"agreement": value, "closeness": 0.9}
         return found
 
     for seed in range(3):
@@ -115,8 +123,8 @@ def test_the_page_of_a_condition(tmp_path: Path) -> None:
     condition.write(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert row_of(text, "`erring` | places")[2:5] == ["3", "10", "0.500 → 0.710 ± 0.010"]
-    assert "* What Ctrl-U's weighting is worth with the reward that errs: agreement 0.110 ± 0.010, p = 0.001; strict" in text
-    assert "* What a weight of whole pictures is worth there: agreement not known, 0 seeds of both" in text
+    assert row_of(text, "what weighting places is worth with the reward that errs")[1] == "0.110 ± 0.010, p = 0.001"
+    assert row_of(text, "what weighting pictures is worth there")[1] == "not known: 0 seeds of both"
     assert "nan" not in text
     names = {"_".join(case) for case in condition.CASES}
     assert len(names) == len(condition.CASES)

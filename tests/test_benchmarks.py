@@ -159,7 +159,7 @@ def test_the_cost_page(tmp_path: Path) -> None:
     assert row_of(forwards, "GRPO-Guard |")[3:5] == ["8, formula 9", "**no**"]
 
 
-def test_the_page_of_students() -> None:
+def test_the_page_of_students(tmp_path: Path) -> None:
     def judged(strict: float, nfe: float) -> dict[str, float]:
         return {"strict": strict, "second_judge": 0.5, "clip_score": 0.6, "diversity": 0.3, "nfe": nfe}
 
@@ -177,6 +177,9 @@ def test_the_page_of_students() -> None:
     assert row_of(text, "student, quality")[:3] == ["student, quality", "5", "0.510 ± 0.014"]
     assert row_of(text, "0.5 of the way")[2] == "0.460 ± 0.014"
     assert "(100, 80 steps" in text
+    assert "* strict over the guided teacher's: the student for quality 0.010 ± 0.014, the student for diversity -0.090 ± 0.014." in text
+    distillation.plot(runs, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 1000
 
 
 def test_a_run_without_groups_has_no_spread_to_plot(tmp_path: Path) -> None:
