@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -103,11 +103,17 @@ def save(images: Tensor, folder: str | Path, names: Sequence[str] | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in (names or [f"{n:04d}" for n in range(len(images))])]
     for image, path in zip(images, paths, strict=True):
-        first, *others = [to_image(frame) for frame in (image if image.ndim == 4 else image[None])]
-        animation: dict[str, Any] = {"save_all": True, "append_images": others, "duration": 1000 / FPS, "loop": 0} if others else {}
-        animation |= {"blend": [n % 2 for n in range(len(others) + 1)]}  # all the same, opaque; but Pillow joins equal frames of one kind
-        first.save(path, **animation)
+        write(image, path)
     return paths
+
+
+def write(image: Tensor, target: Path | BinaryIO, kind: str = "PNG", **options: Any) -> None:
+    """Write one picture (3, H, W), or a video (F, 3, H, W) as an animation, in a format of Pillow's that has such, with its options."""
+    first, *others = [to_image(frame) for frame in (image if image.ndim == 4 else image[None])]
+    animation: dict[str, Any] = {"save_all": True, "append_images": others, "duration": 1000 / FPS, "loop": 0} if others else {}
+    if kind == "PNG":
+        animation |= {"blend": [n % 2 for n in range(len(others) + 1)]}  # all the same, opaque; but Pillow joins equal frames of one kind
+    first.save(target, kind, **animation, **options)
 
 
 # --- contact sheets ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from torch import Tensor
 
-from visalign import drawing, registry
+from visalign import drawing, registry, sources
 from visalign.charts import Point, chart
 from visalign.demo import inputs
 from visalign.demo.look import framed, hint, number, picture, progress
@@ -229,7 +229,7 @@ def tab(workshop: Workshop) -> gr.Dropdown:
                 run = gr.Button("Generate", variant="primary", elem_id="generate")
                 cancel = gr.Button("Cancel", interactive=False, elem_id="cancel")
             group, fields = inputs.picker(workshop, [name for name in workshop.offered if name == REWARD] or list(workshop.offered)[:1])
-            summaries = {name: registry.summary("steering", name) for name in registry.names("steering")}
+            summaries = {name: sources.summary("steering", name) for name in registry.names("steering")}
             method = gr.Dropdown(list(summaries), value=METHOD, label="Method", elem_id="method")
             about = gr.Markdown(summaries[METHOD], elem_classes="about")
             cost = "Network evaluations a picture: what a search may cost. It stops after a minute in any case."

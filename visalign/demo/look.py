@@ -68,13 +68,12 @@ def progress(text: str, share: float | None = None) -> str:
 
 
 def picture(image: Tensor, text: str) -> str:
-    """(3, H, W) in [0, 1] as an <img> that needs no file; `text` says what it shows."""
-    drawn = pictures.to_image(image)
-    kind, options = ("PNG", {}) if max(drawn.size) <= LARGE else ("WEBP", {"quality": 90})
-    buffer = io.BytesIO()
-    drawn.save(buffer, kind, **options)
+    """(3, H, W), or a video (F, 3, H, W), in [0, 1] as an <img> that needs no file; `text` says what it shows."""
+    side, buffer = max(image.shape[-2:]), io.BytesIO()
+    kind, options = ("PNG", {}) if side <= LARGE else ("WEBP", {"quality": 90})
+    pictures.write(image, buffer, kind, **options)
     data = base64.b64encode(buffer.getvalue()).decode()
-    sharp = ' class="sharp"' if max(drawn.size) <= SMALL else ""
+    sharp = ' class="sharp"' if side <= SMALL else ""
     return f'<img{sharp} decoding="sync" alt="{escape(text)}" src="data:image/{kind.lower()};base64,{data}">'
 
 
