@@ -10,15 +10,19 @@ import torch
 from tests import tiny_models
 
 
-@pytest.fixture(scope="session")
-def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved StableDiffusion3Pipeline of the toybox's classes, untrained."""
+def save_tiny_sd3(folder: Path) -> Path:
+    """A StableDiffusion3Pipeline of the toybox's classes, untrained."""
     from visalign.toybox.build_sd3 import assemble, small_vae
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "sd3"
     assemble(small_vae()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved StableDiffusion3Pipeline, untrained."""
+    return save_tiny_sd3(tmp_path_factory.mktemp("models") / "sd3")
 
 
 @pytest.fixture(scope="session")

@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny_models
-from tests.conftest import tiny_dino
+from tests.conftest import save_tiny_sd3, tiny_dino
 from tests.rewards.conftest import tiny_clip, tiny_detector
+from tests.tiny import flux2
+from tests.tiny.flux import flux, kontext
+from tests.tiny.sdxl import sdxl
 from visalign import check, config
+from visalign.pictures import save
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 SMALL = ["policy.resolution=64", "policy.options.max_sequence_length=10"]
-SMALL_SD15 = ["policy.resolution=64", "policy.steps=8"]
+TINY: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # word in a recipe's name -> saves a tiny model, and what makes it fit
+    "sd35": (save_tiny_sd3, SMALL),
+    "sd15": (tiny_models.sd15, ["policy.resolution=64", "policy.steps=4"]),
+    "sdxl": (sdxl, ["policy.resolution=32", "policy.steps=4"]),
+    "flux2_dev": (flux2.dev, ["policy.resolution=32", "policy.options.max_sequence_length=40"]),
+    "flux2_klein": (flux2.klein, ["policy.resolution=32", "policy.options.max_sequence_length=64"]),
+    "kontext": (kontext, ["policy.resolution=32", "policy.options.max_sequence_length=12"]),
+    "flux": (flux, ["policy.resolution=32", "policy.options.max_sequence_length=12"]),
+}
 
 
 def failures(findings: list[check.Finding]) -> list[str]:
     return [str(finding) for finding in findings if not finding.passed]
 
 
+def edits(folder: Path) -> list[str]:
+    """Counting edits with a picture and a reference each, as a user would bring them, and the tiny judge of likeness."""
+    scene = save(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), folder, ["scene"])[0]
+    told = [{"prompt": "make it two cups", "condition": str(scene), "include": [{"class": "cup", "count": 2}]}]
+    for file, records in (("edits", told), ("references", [{"prompt": told[0]["prompt"], "images": [str(scene)]}])):
+        (folder / f"{file}.jsonl").write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    words = [f"prompts.{part}={folder / 'edits.jsonl'}" for part in ("train", "test")]
+    return [*words, f"rewards.dino.references={folder / 'references.jsonl'}", f"rewards.dino.checkpoint={tiny_dino(folder / 'dino')}"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model for a recipe by its name, saved once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def saved(recipe: str) -> Path:
+        kind = next(word for word in TINY if word in recipe)
+        if not (root / kind).is_dir():
+            torch.manual_seed(0)
+            TINY[kind][0](root / kind)
+        return root / kind
+
+    return saved
+
+
 def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
     """A packaged recipe with its model and rewards replaced by tiny random ones of the same classes."""
-    words = [f"policy.model={model}", "run.device=cpu", *(SMALL_SD15 if "sd15" in name else SMALL)]
+    words = [f"policy.model={model}", "run.device=cpu", *TINY[model.name][1]]
     if "aesthetic" in name:
         clip, head = tiny_clip(folder / "clip"), tiny_models.aesthetic_head(folder / "head.pth", 16)
         words += [f"rewards.aesthetic={{use: aesthetic, checkpoint: {clip}, head: {head}}}", "eval.rewards={jpeg: 1.0}"]
     if "pickscore" in name:
         clip = tiny_clip(folder / "clip")
         words += [f"rewards.pickscore.checkpoint={clip}", "eval.rewards={jpeg: 1.0}"]
+    if "kontext" in name:
+        words += edits(folder)
     if "geneval" in name:
         clip, detector = tiny_clip(folder / "clip"), tiny_detector(folder / "detector")
         words += [f"rewards.geneval.checkpoint={detector}", f"rewards.geneval.color_checkpoint={clip}", "rewards.geneval.short_side=64"]
@@ -43,20 +84,24 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
     if "directional" in name:
         words += [f"rewards.directional.of.checkpoint={tiny_clip(folder / 'clip')}", "rewards.directional.pictures=4", "policy.steps=4"]
         words += ["trainer.estimate=[0,4]", "eval.rewards={jpeg: 1.0}"]
-    if "image_reward" in name:
+    if "image_reward" in name or name == "mix_grpo_flux_hps":
         words += [f"rewards.image_reward.checkpoint={tiny_models.blip(folder / 'blip')}", "eval.rewards={jpeg: 1.0}"]
     if "distillation" in name:
         words += [f"rewards.diversity.checkpoint={tiny_dino(folder / 'dino')}", "eval.rewards={jpeg: 1.0}"]
     if name.startswith(("raft", "preference")):
         words += ["policy.steps=6"]  # of 40, which teach a tiny model nothing more
+    if name == "mix_grpo_flux_hps":
+        words += [f"rewards.pickscore={{use: pickscore, checkpoint: {folder / 'clip'}}}", "policy.steps=8"]
+    if "flux2_dev" in name:
+        words += [f"rewards.clip_score={{use: clip_score, checkpoint: {folder / 'clip'}}}"]
     if "ocr" in name:
         words += ["eval.rewards={jpeg: 1.0}"]
     return config.load(name, words)
 
 
 @pytest.mark.parametrize("name", [name for name in config.packaged() if not name.startswith(("toybox", "noise_optimization"))])
-def test_published_recipes_pass_on_a_tiny_folder_of_their_classes(name: str, tiny_sd3: Path, tiny_sd15: Path, tmp_path: Path) -> None:
-    findings = list(check.run(on_tiny_models(name, tiny_sd15 if "sd15" in name else tiny_sd3, tmp_path)))
+def test_published_recipes_pass_on_a_tiny_folder_of_their_classes(name: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+    findings = list(check.run(on_tiny_models(name, models(name), tmp_path)))
     assert len(findings) == len(check.CHECKS)
     assert not failures(findings)
 
