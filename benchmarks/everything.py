@@ -2,7 +2,7 @@
 
 Each benchmark is a command of its own, which this only calls, and keeps one file per run: stopped, it goes on where it was. What is left
 and how long it will take is printed before each of them; with --plan, nothing else happens. Minutes are of a machine with two cores that
-does nothing else, as timings need; a run whose recipe has changed is made again, but only missing ones are counted.
+does nothing else, as timings need, and rough; a run whose recipe has changed is made again, but only missing files are counted.
 
 A NAME is a benchmark's module; without one, all run. Those that write a single file run only where it is missing. The trials of
 `benchmarks.search` are a record of what was tried, and not made again.
@@ -55,7 +55,7 @@ def jobs() -> list[Job]:
     """All of them, short ones first."""
     single = {"overhead": 1, "stock_call": 1, "verifier": 3, "preprocessing": 4, "reward_speed": 4, "credit": 8, "cost": 12}
     found = [Job(name, minutes, [RESULTS / f"{name}.json"], resumes=False) for name, minutes in single.items()]
-    found += [Job("style_swap", 12, [RESULTS / "style_swap.json"]), Job("reward_model", 90, [RESULTS / "reward_model.json"])]
+    found += [Job("style_swap", 12, [RESULTS / "style_swap.json"]), Job("reward_model", 60, [RESULTS / "reward_model.json"])]
     found.append(Job("distillation", 4.6, [distillation.FOLDER / f"{seed}.json" for seed in SEEDS]))
     found.append(Job("subject", 10, [subject.FOLDER / f"{seed}.json" for seed in SEEDS]))
     files = [condition.FOLDER / f"{'_'.join(case)}-{seed}.json" for case in condition.CASES for seed in SEEDS]

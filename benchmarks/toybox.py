@@ -249,7 +249,7 @@ def run(
         found = train(trainer, seconds, step_seconds, before, evaluations, judge)
     if picture and first is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        before_after(first, portrait(trainer), trainer.examiner.prompts.texts[:8]).save(picture)
+        before_after(first, portrait(trainer), trainer.examiner.prompts.texts[: len(first)]).save(picture)
     settings = recipe.model_dump(mode="json", include=set(SETTINGS))
     head = {"name": alias or Path(name).stem, "seed": seed, "seconds": seconds, "recipe": fingerprint(recipe, seconds)}
     record = head | {"pictures": recipe.eval.images} | describe() | found | {"settings": settings}
