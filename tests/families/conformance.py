@@ -52,6 +52,7 @@ class Conformance:
     """Attributes:
     build: saves a tiny random pipeline in a folder.
     part: words in the names of weights that learn where there is no adapter.
+    family: `package.module:Class` of one that isn't in visalign/families; None: recognised.
     options: of the family, for the tiny pipeline.
     sides: of the pictures in pixels, two.
     guidances: without and with guidance, where the model has it.
@@ -63,6 +64,7 @@ class Conformance:
 
     build: ClassVar[Callable[[Path], object]]
     part: ClassVar[str]
+    family: ClassVar[str | None] = None
     options: ClassVar[dict[str, Any]] = {}
     sides: ClassVar[tuple[int, int]] = (32, 48)
     guidances: ClassVar[tuple[float, ...]] = (1.0, 4.0)
@@ -124,7 +126,7 @@ class Conformance:
 
     @classmethod
     def load(cls, folder: Path, **options: Any) -> Policy:
-        return registry.load_policy(str(folder), **(cls.options | options))
+        return registry.load_policy(str(folder), cls.family, **(cls.options | options))
 
     def prompts(self, count: int) -> Prompts:
         rng = torch.Generator().manual_seed(5)
@@ -171,7 +173,7 @@ class Conformance:
         words = [f"policy.model={folder}", f"run.path={tmp_path}", "run.device=cpu", f"policy.resolution={self.sides[0]}"]
         words += [f"policy.options={json.dumps(self.options)}", f"policy.steps={self.steps}", f"policy.guidance={self.guidances[-1]}"]
         words += ["trainer.prompts=1", "trainer.group_size=2", "trainer.micro_batch=2", f"rewards={self.rewards}"]
-        words += [f"eval.rewards={self.rewards}", f"prompts={self.prompt_file(tmp_path)}"]
+        words += [f"eval.rewards={self.rewards}", f"prompts={self.prompt_file(tmp_path)}", f"policy.family={self.family or 'null'}"]
         trained = [f"policy.train=[{self.part}]"] if "policy.lora=null" in TRAINERS[name] else ["policy.train=[]", "policy.lora.rank=2"]
         trainer = build.trainer(config.load(name, [*words, *trained, *TRAINERS[name]]))
         policy = trainer.policy
@@ -207,7 +209,7 @@ class Conformance:
         before = self.drawn(pipeline, learner, prompts, self.guidances[-1], side)
         pipeline.load_lora_weights(tmp_path)
         theirs = self.drawn(pipeline, learner, prompts, self.guidances[-1], side)
-        assert (theirs - before).abs().max() > 1e-3
+        assert (theirs - before).abs().max() > 1e-4
         assert (theirs - ours).abs().max() <= 1e-5
 
     def test_merged_export_is_a_whole_pipeline(self, learner: Policy, tmp_path: Path) -> None:
@@ -236,6 +238,6 @@ class Conformance:
         assert encoded.isfinite().all()
 
     def test_a_pipeline_object_is_recognised_too(self, plain: Any, policies: list[Policy]) -> None:
-        policy = registry.load_policy(plain, **(self.options | {"resolution": self.sides[0]}))
+        policy = registry.load_policy(plain, self.family, **(self.options | {"resolution": self.sides[0]}))
         assert type(policy.family) is type(policies[0].family)
         assert policy.family.network in policy.family.modules().values()
