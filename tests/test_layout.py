@@ -27,6 +27,7 @@ MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "matchin
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures", "heads"}
 ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader", "vision", "replay"}
 ACTING |= {"snapshots", "backprop", "climbing", "pathwise", "shifted_noise", "pipeline_family"}
+ACTING |= {"attention", "frugal", "embeddings"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "comparison", "base_pictures", "patience", "rewarding"}
 PLUMBING |= {"loop", "preferences", "feedback", "forward_process", "searches", "findings", "tasks", "guiding", "borrowing", "sources"}

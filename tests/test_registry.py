@@ -284,3 +284,16 @@ def test_auto_checkpoint_is_resolved_inside_wrappers_and_said(monkeypatch: pytes
 @pytest.mark.parametrize("name", registry.names("families"))
 def test_what_a_family_wraps_is_read_without_importing_it(name: str) -> None:
     assert (sources.constant("families", name, "pipeline_classes") or ()) == registry.load("families", name).pipeline_classes
+
+
+def test_a_reward_may_have_a_device_to_itself() -> None:
+    sections = {"jpeg": RewardSection.model_validate({"use": "jpeg", "device": "cpu", "quality": 50})}
+    assert sections["jpeg"].options == {"quality": 50}
+    assert registry.resolved(sections, None)["jpeg"].device == "cpu"
+    assert "jpeg" in registry.build_panel(sections, None, "meta").rewards
+    sections["jpeg"] = sections["jpeg"].model_copy(update={"device": "abacus"})
+    with pytest.raises(UserError, match=r"rewards\.jpeg\.device: 'abacus' can't be used here"):
+        registry.build_panel(sections, None)
+    held = {"safe": RewardSection.model_validate({"use": "uncertainty", "of": {"use": "vlm_yes", "device": "cpu"}})}
+    with pytest.raises(UserError, match=r"rewards\.safe\.of\.device: a member is on the device of what it is a member of"):
+        registry.check_rewards(held)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import yaml
 
-from visalign import base_pictures, checkpoint, prompts, registry, rewarding
-from visalign.config import Config, RewardSection, load, validate
+from visalign import attention, base_pictures, checkpoint, embeddings, frugal, prompts, registry, rewarding
+from visalign.config import Config, PolicySection, RewardSection, load, validate
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.loop import Job, Session
-from visalign.policy import Policy
+from visalign.policy import PRECISIONS, Policy
 from visalign.scoring import RewardSpec
 from visalign.shifted_noise import ShiftedNoise
 from visalign.trainer import Trainer
@@ -58,6 +58,7 @@ def loop(config: Config) -> Job:
     judged = registry.resolved(config.eval.rewards or config.rewards, config.policy.model)
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"rewards": judged})})
     processes = Processes(config.run.device, config.policy.precision)
+    config = config.model_copy(update={"policy": settled(config.policy, processes.device)})
     built = kind.of(config, processes, partial(session, config, processes))
     if processes.main:
         write_config(config)
@@ -133,7 +134,28 @@ def policy(config: Config, device: torch.device) -> Policy:
             raise UserError(f"policy.train: {error}") from None
     if section.gradient_checkpointing:
         loaded.enable_gradient_checkpointing()
-    return loaded.to(device)
+    return equipped(loaded, section, device)
+
+
+def settled(section: PolicySection, device: torch.device) -> PolicySection:
+    """The section with the attention that can be had on a device; what can't is printed."""
+    precision = section.precision if section.precision != "fp32" else section.dtype
+    return section.model_copy(update={"attention": attention.settled(section.attention, device, PRECISIONS[precision])})
+
+
+def equipped(learner: Policy, section: PolicySection, device: torch.device) -> Policy:
+    """The policy on its device, as fast and as frugal as its section asks for."""
+    learner.attend_by(settled(section, device).attention)
+    if section.quantise:
+        frugal.quantise(learner, section.quantise)
+    if section.compile:
+        learner.compile()
+    if section.rest:
+        frugal.rest(learner)
+    if section.embeddings:
+        known: Any = embeddings.Remembered(learner, section.embeddings, section.options | {"resolution": section.resolution})
+        learner.family.encode = known
+    return learner.to(device)
 
 
 def write_config(config: Config) -> None:
@@ -146,12 +168,13 @@ def write_config(config: Config) -> None:
         raise UserError(f"run.path: cannot write to {folder} ({error.strerror}); choose another folder") from None
 
 
-def restore(run: Path, device: torch.device, reference: bool = False) -> Policy:
+def restore(run: Path, device: torch.device, reference: bool = False, whole: bool = False) -> Policy:
     """The policy of a run with the averaged weights (or the trained ones, without an average) of its best checkpoint, where the recipe
     keeps that (`eval.keep_best`), else of its newest.
 
     Args:
         reference: keep what it was before training, for `Policy.reference`.
+        whole: with the frozen weights in full, not in four bits, so that an adapter can be merged into them.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml")
@@ -163,6 +186,8 @@ def restore(run: Path, device: torch.device, reference: bool = False) -> Policy:
     stem = "trainable" if recipe.policy.ema is None else "average"
     chosen = checkpoint.newest(run / "best", int(saved[-1].name[5:])) if recipe.eval.keep_best else None
     values = checkpoint.load(chosen or saved[-1], [stem])[0][stem]
+    if whole:
+        recipe = recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"quantise": None})})
     loaded = policy(recipe, device)
     if reference:
         loaded.keep_reference()

@@ -220,10 +220,10 @@ def _export(parsed: argparse.Namespace) -> int:
     from visalign.policy import interpolated
 
     device = pick_device("cpu")
-    policy = build.restore(parsed.run, device)
+    policy = build.restore(parsed.run, device, whole=True)
     if parsed.blend:
         other, share = _blend(parsed.blend)
-        policy.family.network.load_state_dict(interpolated(policy, build.restore(other, device), share))
+        policy.family.network.load_state_dict(interpolated(policy, build.restore(other, device, whole=True), share))
     kind = build.export(policy, parsed.out, parsed.merge)
     print(f"{kind} of {parsed.run} → {parsed.out}")
     return 0

@@ -54,7 +54,12 @@ class PolicySection(Section):
     steps: Positive = 10  # denoising steps of a rollout
     guidance: float = 1.0  # classifier-free guidance in rollout and training; 1 is none
     resolution: Positive | None = None  # pixels per side; null: the model's own
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass: less memory, a third more time
+    attention: Literal["native", "xformers", "flash", "flash_hub", "sage", "flex"] = "native"  # native where it can't be had
+    compile: bool = False  # torch.compile of the network's repeated blocks
+    quantise: Literal["nf4", "fp4"] | None = None  # four bits for the frozen layers under an adapter; needs the extra `small`
+    rest: bool = False  # text encoders and VAE stay on the CPU while they are idle
+    embeddings: Path | None = None  # folder in which prompt embeddings are kept, for this run and others; null: none
     options: dict[str, Any] = {}  # further arguments of the family
 
 
@@ -70,6 +75,7 @@ class RewardSection(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     use: str
     weight: float = 1.0
+    device: str | None = None  # such as cuda:1 or cpu; null: the policy's
 
     @property
     def options(self) -> dict[str, Any]:
@@ -150,6 +156,7 @@ class RatioSection(Section):
 
 
 class OptimizerSection(Section):
+    kind: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: its two moments in a byte each; needs the extra `small`
     lr: AtLeastZero = 3e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: AtLeastZero = 1e-4

@@ -4,41 +4,61 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from visalign.errors import UserError
+from visalign.policy import repeated
 
 Row = TypeVar("Row")
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is cuda, else mps, else cpu."""
+def pick_device(name: str, key: str = "run.device") -> torch.device:
+    """ "auto" is cuda, else mps, else cpu. Raises UserError, which names the recipe's `key`, if it can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"run.device: {name!r} can't be used here ({str(error).splitlines()[0][:120]}); try auto or cpu") from None
+        raise UserError(f"{key}: {name!r} can't be used here ({str(error).splitlines()[0][:120]}); try auto or cpu") from None
     return torch.device(name)
 
 
+def placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole value on a parameter's device, as this process's share of it where the parameter's weights are shared out."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:  # such as an optimizer's number of steps
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 class Processes:
-    """The processes of a run: rank, sums and gathers over all of them.
+    """The processes of a run: rank, sums and gathers over all of them, and how what learns is laid out over them.
+
+    By default each holds all weights and gradients are averaged (DDP). Started by `accelerate launch` with FSDP (version 2), each holds a
+    share of every weight, gradient and optimizer state, by torch's own `fully_shard`, on CPUs too.
 
     Args:
         device: as in `run.device`; several processes on CUDA take one device each.
         precision: "fp16" gets a gradient scaler; autocast belongs to the policy.
+
+    Attributes:
+        sharded: whether weights are shared out.
     """
 
     def __init__(self, device: str = "auto", precision: str = "fp32"):
         picked = pick_device(device)
         if picked.type == "cpu":
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+        wanted = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate itself would shard on GPUs alone
+        if wanted and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("accelerate: expected fsdp_version: 2 in its config, as in configs/accelerate/fsdp2.yaml")
         mixed = "fp16" if precision == "fp16" and picked.type == "cuda" else "no"
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # SD3's last block leaves its text half unused
         self.accelerator = Accelerator(cpu=picked.type == "cpu", mixed_precision=mixed, kwargs_handlers=[unused])
@@ -46,6 +66,51 @@ class Processes:
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
         self.main: bool = self.accelerator.is_main_process
+        self.sharded = wanted and self.count > 1
+        if wanted:
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
+
+    # --- what learns -----------------------------------------------------------------------------------------------------
+
+    def share_out(self, network: nn.Module) -> None:
+        """Where weights are sharded, leave this process its share of them; in place, and parameters are other objects afterwards.
+
+        Raises:
+            UserError: weights that can't be sharded.
+        """
+        if not self.sharded:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        if any(not p.is_floating_point() for p in network.parameters()):
+            raise UserError("policy.quantise: weights in four bits can't be sharded; use DDP, or leave them as they are")
+        off = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+        again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if off else OffloadPolicy()}
+        for block in reversed(repeated(network)):
+            fully_shard(block, reshard_after_forward=again, **options)
+        fully_shard(network, **options)
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """The network and its optimizer as accelerate wraps them."""
+        if self.sharded:
+            return network, self.accelerator.prepare(optimizer)
+        return self.accelerator.prepare(network, optimizer)
+
+    def adding(self, network: Any, last: bool) -> AbstractContextManager[None]:
+        """Around a forward and its backward pass: only the `last` of an update brings all processes' gradients together."""
+        if self.sharded:
+            network.set_requires_gradient_sync(last)
+        return nullcontext() if last or self.sharded else self.accelerator.no_sync(network)
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Scale the gradients down to a norm of at most `limit`; their norm before, over all processes."""
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit)).detach()  # pyright: ignore[reportArgumentType]
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    # --- what is said to all -----------------------------------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over processes; `values` is left alone."""

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from visalign import checkpoint, report
+from visalign import checkpoint, frugal, report
 from visalign.config import Config as Recipe
-from visalign.config import Section, validate
-from visalign.distributed import Processes
+from visalign.config import OptimizerSection, Section, validate
+from visalign.distributed import Processes, placed
 from visalign.errors import UserError
 from visalign.explain import nearest
 from visalign.losses import Loss
@@ -48,6 +48,12 @@ class Session:
     judges: Panel
     train_prompts: PromptSet
     test_prompts: PromptSet
+
+
+def optimizer(parameters: Sequence[nn.Parameter], section: OptimizerSection) -> torch.optim.Optimizer:
+    """AdamW as a recipe has it. Raises UserError if its library isn't there."""
+    kind = torch.optim.AdamW if section.kind == "adamw" else frugal.bitsandbytes(f"optimizer.kind={section.kind}").optim.AdamW8bit
+    return kind(parameters, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay)
 
 
 class Learner(Protocol):
@@ -105,11 +111,11 @@ class Loop(Job):
     def learns(self, learner: Learner, ema: float | None) -> None:
         """Train this learner, with a moving average of its weights if `ema` is its decay."""
         self.learner = learner
+        self.processes.share_out(learner.network)
         self.parameters = list(learner.named_trainable().values())
         self.average = Average(self.parameters, ema) if ema is not None else None
-        adam = self.config.optimizer
-        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=adam.lr, betas=adam.betas, weight_decay=adam.weight_decay)
-        learner.network, self.optimizer = self.processes.accelerator.prepare(learner.network, self.optimizer)
+        self.optimizer: Any = optimizer(self.parameters, self.config.optimizer)
+        learner.network, self.optimizer = self.processes.prepare(learner.network, self.optimizer)
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:
@@ -188,8 +194,7 @@ class Loop(Job):
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}  # not every batch need have every metric
         for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with nullcontext() if last else self.processes.accelerator.no_sync(self.learner.network):
+            with self.processes.adding(self.learner.network, number == len(batches) - 1):
                 loss = self.loss(batch)
                 self.processes.accelerator.backward(loss.value * (len(batch) / total))
             self.watch(batch, loss)
@@ -203,9 +208,7 @@ class Loop(Job):
             raise NonFiniteError(
                 f"the loss is {sums['loss'].item()}; the weights are as before this step (checkpoints: {self.config.run.path})"
             )
-        sums["grad_norm"] = torch.as_tensor(
-            self.processes.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-        ).detach()
+        sums["grad_norm"] = self.processes.clip(self.parameters, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
@@ -232,15 +235,15 @@ class Loop(Job):
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self, step: int) -> None:
-        """Write a checkpoint; only the main process writes, the others wait."""
-        if self.processes.main:
+        """Write a checkpoint; only the main process writes and the others wait, unless each has a share of the weights."""
+        if self.processes.main or self.processes.sharded:
             self._write(self.config.run.path / "checkpoints", step, self.config.run.keep_checkpoints, {})
         self.processes.wait()
 
     def keep_best(self, step: int, row: dict[str, float]) -> None:
         """Write a checkpoint as RUN/best where the figure that `eval.keep_best` names is higher than ever before."""
         name, folder = self.config.eval.keep_best, self.config.run.path / "best"
-        if name is None or not self.processes.main:
+        if name is None or not (self.processes.main or self.processes.sharded):
             return
         score, known = row[f"eval/{name}"], checkpoint.newest(folder, step - 1)
         if math.isfinite(score) and (known is None or score > checkpoint.load(known, [])[2]["score"]):
@@ -257,10 +260,14 @@ class Loop(Job):
         updates = self.average.updates if self.average else 0
         state = {"updates": updates, "seed": self.config.run.seed, "processes": self.processes.count} | more
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        checkpoint.save(folder, step, tensors, optimizer.state_dict(), state)
-        checkpoint.prune(folder, keep)
+        writers = checkpoint.ALONE
+        if self.processes.sharded:
+            writers = checkpoint.Writers(self.processes.rank, self.processes.count, self.processes.wait)
+        checkpoint.save(folder, step, tensors, optimizer.state_dict(), state, writers)
+        if self.processes.main:
+            checkpoint.prune(folder, keep)
 
-    def read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
+    def read(self, folder: Path) -> tuple[dict[str, checkpoint.Tensors], dict[str, Any], dict[str, Any]]:
         """(tensors, optimizer, state) of a checkpoint."""
         return checkpoint.load(folder, ["trainable", "rewards", *(["average"] if self.average else []), *self.copies()])
 
@@ -272,13 +279,15 @@ class Loop(Job):
             raise UserError(f"checkpoint {folder} holds other weights than this recipe trains; was policy.lora or policy.model changed?")
         with torch.no_grad():
             for name, parameter in zip(names, self.parameters, strict=True):
-                parameter.copy_(tensors["trainable"][name])
+                parameter.copy_(placed(tensors["trainable"][name], parameter))
             if self.average:
-                self.average.values = [tensors["average"][name].to(self.device) for name in names]
+                self.average.values = [placed(tensors["average"][n], p) for n, p in zip(names, self.parameters, strict=True)]
                 self.average.updates = state["updates"]
             for stem, values in self.copies().items():
                 for name, value in zip(names, values, strict=True):
-                    value.copy_(tensors[stem][name])
+                    value.copy_(placed(tensors[stem][name], value))
+        for number, kept in optimizer["state"].items():
+            optimizer["state"][number] = {key: placed(value, self.parameters[number]) for key, value in kept.items()}
         self.optimizer.load_state_dict(optimizer)
         for alias, reward in self.rewards.items():
             own = {n.partition("/")[2]: v for n, v in tensors["rewards"].items() if n.startswith(f"{alias}/")}

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visalign import attention  # before any family imports diffusers
 from visalign.errors import UserError
 from visalign.paths import Path
 from visalign.rollout import Condition
@@ -103,6 +104,12 @@ class Family(ABC):
         return {"network": self.network}
 
 
+def repeated(network: nn.Module) -> list[nn.Module]:
+    """The modules of which a diffusers network says that they repeat, outer ones first."""
+    kinds: Sequence[str] = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
+    return [module for module in network.modules() if type(module).__name__ in kinds]
+
+
 DISTILLED = ("turbo", "lightning", "lcm", "hyper", "schnell")  # words in the names of few-step students
 
 
@@ -141,6 +148,7 @@ class Policy:
         self.network: nn.Module = family.network  # accelerate may wrap it; `family.network` stays bare
         self.lora = False
         self.device = torch.device("cpu")
+        self.resting: frozenset[str] = frozenset()  # parts that stay on the CPU
         self.nfe = 0  # denoiser forwards so far, in samples
         self._base: list[Tensor] | None = None
 
@@ -173,8 +181,8 @@ class Policy:
 
     def to(self, device: torch.device | str) -> Policy:
         self.device = torch.device(device)
-        for module in self.family.modules().values():
-            module.to(self.device)
+        for name, module in self.family.modules().items():
+            module.to("cpu" if name in self.resting else self.device)
         return self
 
     # --- learning ------------------------------------------------------------------------------------------------------
@@ -218,6 +226,26 @@ class Policy:
         network: Any = self.family.network
         network.enable_gradient_checkpointing()
         network.train()  # diffusers checkpoints in training mode only; these networks have no dropout
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules that repeat in the network, which are compiled, quantised and sharded one by one.
+
+        Raises:
+            UserError: it says of none that it repeats.
+        """
+        found = repeated(self.family.network)
+        if not found:
+            raise UserError(f"policy: the network of {self.name} has no repeated blocks to compile or to quantise")
+        return found
+
+    def attend_by(self, backend: str) -> None:
+        """Use a backend of diffusers' dispatcher, which `attention.settled` has tried, in every attention of the network."""
+        attention.apply(self.family.network, backend)
+
+    def compile(self) -> None:
+        """Compile each repeated block, at its first call; rollout and replay then agree within rounding, no longer to the bit."""
+        for block in self.blocks():
+            block.compile()
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.family.network.parameters() if p.requires_grad]

@@ -209,6 +209,8 @@ def members(kind: type[Any], options: dict[str, Any], where: str) -> dict[str, R
         found = {f"{where}.{alias}": section for alias, section in expand_rewards(of, where).items()}
     sections = {path: validate(RewardSection, section, path) for path, section in found.items()}
     for path, section in sections.items():
+        if section.device:
+            raise UserError(f"{path}.device: a member is on the device of what it is a member of; give that one a device")
         try:
             load("rewards", section.use)
         except UserError as error:
@@ -259,7 +261,7 @@ def resolved(rewards: dict[str, RewardSection], model: str | None) -> dict[str, 
             options["checkpoint"] = TOYBOX_CHECKPOINTS[section.use] if toybox else hub_id
             if model is None and toybox:
                 print(f"visalign: {alias}: the hub can't be reached for {hub_id}; scoring with {options['checkpoint']}", file=sys.stderr)
-        found[alias] = RewardSection.model_validate({"use": section.use, "weight": section.weight} | options)
+        found[alias] = RewardSection.model_validate(section.model_dump(include={"use", "weight", "device"}) | options)
     return found
 
 
@@ -277,12 +279,15 @@ def hub_has(model_id: str) -> bool:
 
 
 def build_panel(rewards: dict[str, RewardSection], model: str | None, device: torch.device | str = "cpu", learning: bool = False) -> Panel:
-    """Rewards of a recipe, on a device; `model` is what the policy was loaded from, None without one.
+    """Rewards of a recipe, each on its own `device` or this one; `model` is what the policy was loaded from, None without one.
 
-    Raises:
-        UserError: a reward that learns has learned nothing, and it isn't `learning` either.
+    Raises UserError if a reward that learns has learned nothing, and it isn't `learning` either.
     """
-    panel = Panel({a: (load_reward(s.use, **s.options).to(device), s.weight) for a, s in resolved(rewards, model).items()})
+    from visalign.distributed import pick_device  # lists of plug-ins need no accelerate
+
+    sections = resolved(rewards, model)
+    places = {a: pick_device(s.device, f"rewards.{a}.device") if s.device else device for a, s in sections.items()}
+    panel = Panel({a: (load_reward(s.use, **s.options).to(places[a]), s.weight) for a, s in sections.items()})
     for alias, reward in panel.rewards.items():
         if reward.spec.trainable and reward.spec.version == "0" and not learning:
             raise UserError(f"reward {alias} has learned nothing and would score at random; load what a run has trained (its option head)")

@@ -212,7 +212,7 @@ class Scores:
 
     def by_name(self) -> dict[str, Tensor]:
         """alias -> (N,) scores, with "total"."""
-        return {alias: output.scores for alias, output in self.outputs.items()} | {"total": self.total}
+        return {alias: output.scores.to(self.total.device) for alias, output in self.outputs.items()} | {"total": self.total}
 
 
 class Panel:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Snapshot:
@@ -47,11 +48,19 @@ class Average(Snapshot):
 @contextmanager
 def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """`values` in place of the parameters' data, and back."""
-    current = [p.data for p in parameters]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data = value
+    shared = any(isinstance(p, DTensor) for p in parameters)  # what gathers a sharded weight keeps to its storage
+    current = [p.data.clone() if shared else p.data for p in parameters]
+    _put(parameters, values)
     try:
         yield
     finally:
-        for parameter, value in zip(parameters, current, strict=True):
+        _put(parameters, current)
+
+
+@torch.no_grad()
+def _put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        if isinstance(parameter, DTensor):
+            parameter.copy_(value)
+        else:
             parameter.data = value
