@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,15 @@ def test_the_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whole_values_stay_whole_where_nothing_is_sharded() -> None:
     value = torch.ones(2)
     assert placed(value, torch.nn.Parameter(torch.zeros(2))) is value
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_packaged_configs(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found: Any = load_config_from_file(str(path))
+    assert found.num_processes % 8 == 0
+    assert found.mixed_precision == "no", "policy.precision casts, in rollout and replay alike"
+    if found.distributed_type.name == "FSDP":
+        assert found.fsdp_config["fsdp_version"] == 2
+    assert path.read_text(encoding="utf-8").startswith("# ")

@@ -59,7 +59,7 @@ def fault(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a backend can't train on a device; "" if it can."""
     from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 
-    parts = [torch.ones(PROBE, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    parts: Any = [torch.ones(PROBE, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     try:
         with attention_backend(name):  # which checks for the package, and fetches a kernel of the hub
             found = dispatch_attention_fn(*parts)

@@ -118,6 +118,14 @@ def policy(config: Config, device: torch.device) -> Policy:
             raise UserError(f"policy.lora: {config.trainer.name} trains an adapter that predicts noise; give it one, such as rank 32")
         loaded = ShiftedNoise(loaded.family, loaded.precision, loaded.name)
     torch.manual_seed(config.run.seed)  # the adapter's first weights
+    adapted(loaded, section)
+    if section.gradient_checkpointing:
+        loaded.enable_gradient_checkpointing()
+    return equipped(loaded, section, device)
+
+
+def adapted(loaded: Policy, section: PolicySection) -> Policy:
+    """The policy with its adapter, or what is trained of its network, set to learn."""
     if section.lora and section.train:
         raise UserError("policy.train is for full fine-tuning: set policy.lora=null, or choose the adapter's layers by policy.lora.targets")
     if section.lora:
@@ -132,9 +140,7 @@ def policy(config: Config, device: torch.device) -> Policy:
             loaded.train_weights(section.train)
         except ValueError as error:
             raise UserError(f"policy.train: {error}") from None
-    if section.gradient_checkpointing:
-        loaded.enable_gradient_checkpointing()
-    return equipped(loaded, section, device)
+    return loaded
 
 
 def settled(section: PolicySection, device: torch.device) -> PolicySection:

@@ -253,7 +253,7 @@ def resolved(rewards: dict[str, RewardSection], model: str | None) -> dict[str, 
     for alias, section in rewards.items():
         options, kind = section.options, load("rewards", section.use)
         if parts := resolved(members(kind, options, alias), model):
-            plain = {path: part.model_dump() for path, part in parts.items()}
+            plain = {path: part.model_dump(exclude={"device"}) for path, part in parts.items()}
             options["of"] = plain.get(f"{alias}.of") or {path.removeprefix(f"{alias}.of."): part for path, part in plain.items()}
         if section.use in TOYBOX_CHECKPOINTS and options.get("checkpoint", "auto") == "auto":
             hub_id = kind.spec.model_id

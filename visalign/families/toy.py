@@ -58,13 +58,15 @@ class Toy(Family):
     """Args:
     world: "gaussian" or "mixture".
     steps: T of the grid on which the free vectors live.
+    guided: whether it takes guidance, which changes nothing, as its unconditional half says the same.
     """
 
-    def __init__(self, world: str = "gaussian", steps: int = 8):
+    def __init__(self, world: str = "gaussian", steps: int = 8, guided: bool = False):
         if world not in WORLDS:
             raise UserError(f"no toy world {world!r}; known: {', '.join(WORLDS)}")
         weights, means, std = WORLDS[world]
         self.path, self.latent_shape, self.steps = Flow(), (2,), steps
+        self.negative: dict[str, Tensor] | None = {} if guided else None
         self.toy = self.network = ToyNetwork(torch.tensor(weights), torch.tensor(means), std, linear(steps))
 
     @classmethod
@@ -72,7 +74,7 @@ class Toy(Family):
         return cls(source.partition(":")[2], **options)
 
     def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
-        return Condition(torch.zeros(len(texts), dtype=torch.int64), {})
+        return Condition(torch.zeros(len(texts), dtype=torch.int64), {}, self.negative)
 
     def grid(self, steps: int) -> Tensor:
         return linear(steps)
