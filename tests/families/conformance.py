@@ -21,6 +21,7 @@ from visalign import build, config, registry
 from visalign.noise import gaussian
 from visalign.paths import Flow
 from visalign.pictures import save
+from visalign.pipeline_family import PipelineFamily
 from visalign.policy import Policy
 from visalign.rollout import Prompts
 from visalign.sampling import Dynamics, pictures, rollout, transition
@@ -236,6 +237,8 @@ class Conformance:
         encoded = family.encode_images(media.detach())
         assert encoded.shape == latents.shape
         assert encoded.isfinite().all()
+        assert isinstance(family, PipelineFamily)
+        assert torch.allclose(family.scaled(family.unscaled(latents)), latents, atol=1e-5)
 
     def test_a_pipeline_object_is_recognised_too(self, plain: Any, policies: list[Policy]) -> None:
         policy = registry.load_policy(plain, self.family, **(self.options | {"resolution": self.sides[0]}))

@@ -34,6 +34,14 @@ class TestKlein(Conformance):
         return {"guidance_scale": guidance, "max_sequence_length": 64}
 
 
+def test_pictures_become_the_latents_that_the_pipeline_makes_of_them(tmp_path: Path) -> None:
+    flux2.klein(tmp_path)
+    family: Any = registry.load_policy(str(tmp_path), resolution=32).family
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(family.encode_images(images), family.pipeline._encode_vae_image(images * 2 - 1, None), atol=1e-5)
+
+
 def test_distilled_klein_draws_in_few_steps_without_guidance(tmp_path: Path) -> None:
     flux2.klein(tmp_path, distilled=True)
     policy = registry.load_policy(str(tmp_path), resolution=32, max_sequence_length=64)

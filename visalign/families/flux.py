@@ -28,8 +28,8 @@ def tokens(latents: Tensor) -> Tensor:
 
 def positions(height: int, width: int, picture: int, device: torch.device) -> Tensor:
     """(height·width, 3) of tokens in reading order: number of the picture, row, column."""
-    grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-    return F.pad(grid, (1, 0), value=picture).to(device, torch.float32)
+    rows, columns = (torch.arange(side, device=device, dtype=torch.float32) for side in (height, width))
+    return F.pad(torch.cartesian_prod(rows, columns), (1, 0), value=picture)
 
 
 class Flux(PipelineFamily):

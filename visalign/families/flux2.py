@@ -71,14 +71,14 @@ class Flux2(PipelineFamily):
 
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         dtype, text, (height, width) = self.denoiser.dtype, condition["sequence"], x.shape[-2:]
-        one, words = torch.arange(1), torch.arange(text.shape[1])
+        one, rows, columns, words = (torch.arange(n, device=x.device) for n in (1, height, width, text.shape[1]))
         said = network(
             hidden_states=x.to(dtype).flatten(2).transpose(1, 2),
             timestep=(sigma * 1000).to(dtype) / 1000,  # rounded as the pipeline rounds it
             guidance=torch.full_like(sigma, self.distilled_guidance) if self.denoiser.config.guidance_embeds else None,
             encoder_hidden_states=text,
-            txt_ids=torch.cartesian_prod(one, one, one, words).to(x.device).expand(len(x), -1, -1),  # time, row, column, word
-            img_ids=torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one).to(x.device).expand(len(x), -1, -1),
+            txt_ids=torch.cartesian_prod(one, one, one, words).expand(len(x), -1, -1),  # time, row, column, word
+            img_ids=torch.cartesian_prod(one, rows, columns, one).expand(len(x), -1, -1),
             return_dict=False,
         )[0]
         return said.transpose(1, 2).unflatten(2, (height, width))

@@ -54,23 +54,24 @@ class SDXL(PipelineFamily):
         del pictures
         device = self.pipeline.text_encoder_2.device
         text, _, pooled, _ = self.pipeline.encode_prompt(texts, device=device, do_classifier_free_guidance=False)
-        return {"text": text, "pooled": pooled}
+        size = (self.size["height"], self.size["width"])
+        sizes = torch.tensor([*size, 0, 0, *size], device=device, dtype=text.dtype)  # original, of the crop's corner, target
+        return {"text": text, "pooled": pooled, "sizes": sizes.expand(len(texts), -1)}
 
     def unconditional(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         if self._negative is None:
             self._negative = self.embed([self.negative_prompt], [None])
             if self._negative_words is None:
-                self._negative = {name: torch.zeros_like(value) for name, value in self._negative.items()}
+                self._negative |= {name: torch.zeros_like(self._negative[name]) for name in ("text", "pooled")}
         return self._negative
 
     def grid(self, steps: int) -> Tensor:
         return ddim_grid(self.pipeline.scheduler, steps)
 
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        dtype, size = self.denoiser.dtype, (self.size["height"], self.size["width"])
-        sizes = torch.tensor([*size, 0, 0, *size], device=x.device, dtype=dtype)  # original, of the crop's corner, target
-        added = {"text_embeds": condition["pooled"], "time_ids": sizes.expand(len(x), -1)}
-        return network(x.to(dtype), sigma, encoder_hidden_states=condition["text"], added_cond_kwargs=added, return_dict=False)[0]
+        added = {"text_embeds": condition["pooled"], "time_ids": condition["sizes"]}
+        text = condition["text"]
+        return network(x.to(self.denoiser.dtype), sigma, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
     @torch.no_grad()
     def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float, metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
