@@ -23,7 +23,7 @@ SMALL = ["policy.resolution=64", "policy.options.max_sequence_length=10"]
 TINY: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # word in a recipe's name -> saves a tiny model, and what makes it fit
     "sd35": (save_tiny_sd3, SMALL),
     "sd15": (tiny_models.sd15, ["policy.resolution=64", "policy.steps=4"]),
-    "sdxl": (sdxl, ["policy.resolution=32", "policy.steps=4"]),
+    "sdxl": (sdxl, ["policy.resolution=32", "policy.steps=3"]),
     "flux2_dev": (flux2.dev, ["policy.resolution=32", "policy.options.max_sequence_length=40"]),
     "flux2_klein": (flux2.klein, ["policy.resolution=32", "policy.options.max_sequence_length=64"]),
     "kontext": (kontext, ["policy.resolution=32", "policy.options.max_sequence_length=12"]),

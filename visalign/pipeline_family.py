@@ -194,10 +194,12 @@ def as_ddim(scheduler: Any, **changes: Any) -> Any:
     """The DDIM scheduler of a checkpoint's training schedule, with some settings changed.
 
     Raises:
-        UserError: it cuts its clean estimates, so that no step is Gaussian, or predicts neither noise nor v.
+        UserError: it has no such schedule, cuts its clean estimates, so that no step is Gaussian, or predicts neither noise nor v.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(f"the model's scheduler, {type(scheduler).__name__}, has no table of alphas: it is no variance-preserving model")
     config = dict(scheduler.config)
     if not isinstance(scheduler, DDIMScheduler):  # which may lack what these default to, for pictures instead of latents
         config = {"clip_sample": False, "set_alpha_to_one": False} | config

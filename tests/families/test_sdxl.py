@@ -11,6 +11,7 @@ import torch
 from tests.families.conformance import TEXTS, Conformance
 from tests.tiny.sdxl import sdxl
 from visalign import registry
+from visalign.errors import UserError
 from visalign.noise import gaussian
 from visalign.rollout import Prompts
 from visalign.sampling import pictures
@@ -63,3 +64,9 @@ def test_a_half_precision_vae_decodes_in_full(tmp_path: Path) -> None:
     policy = registry.load_policy(str(tmp_path), dtype="fp16")
     assert policy.family.modules()["vae"].dtype == torch.float32
     assert policy.family.modules()["unet"].dtype == torch.float16
+
+
+def test_a_model_of_another_process_is_refused(tmp_path: Path) -> None:
+    sdxl(tmp_path, "EDMEulerScheduler")
+    with pytest.raises(UserError, match="the model's scheduler, EDMEulerScheduler, has no table of alphas"):
+        registry.load_policy(str(tmp_path))

@@ -25,7 +25,6 @@ def sdxl(folder: Path, kind: str = "EulerDiscreteScheduler", zeros: bool = True,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "transformer_layers_per_block": (1, 2),
     }
     pipeline = diffusers.StableDiffusionXLPipeline(
         vae=text.vae(scaling_factor=0.13),
@@ -36,7 +35,7 @@ def sdxl(folder: Path, kind: str = "EulerDiscreteScheduler", zeros: bool = True,
         unet=diffusers.UNet2DConditionModel(
             **unet, sample_size=16, cross_attention_dim=16 + 32, projection_class_embeddings_input_dim=32 + 6 * 8
         ),
-        scheduler=getattr(diffusers, kind)(**(PUBLISHED | scheduler)),
+        scheduler=getattr(diffusers, kind)(**(scheduler if kind.startswith("EDM") else PUBLISHED | scheduler)),
         force_zeros_for_empty_prompt=zeros,
         add_watermarker=False,
     )
