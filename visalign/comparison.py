@@ -27,15 +27,13 @@ def body(first: Path, second: Path, names: tuple[str, str]) -> str:
     def draw(keys: Sequence[str]) -> list[str]:
         return [chart({name: report.curve(own, key) for name, own in zip(names, rows, strict=True)}, title=key) for key in keys]
 
-    alarms = "".join(f'<p class="note">{escape(name)}</p>{report.alarms(own)}' for name, own in zip(names, rows, strict=True))
-    grids = "".join(
-        f'<div><p class="note">{escape(name)}</p>{"".join(report.samples(folder)[:1])}</div>'
-        for name, folder in zip(names, folders, strict=True)
+    heads = [f'<h2><span class="key-{key}">{escape(name)}</span></h2>' for key, name in zip("ab", names, strict=True)]
+    halves = "".join(
+        f"<section>{head}{report.alarms(own)}{''.join(report.samples(folder)[:1])}</section>"
+        for head, own, folder in zip(heads, rows, folders, strict=True)
     )
     parts = [
-        f'<h1><span class="key-a">{escape(names[0])}</span> <span class="key-b">{escape(names[1])}</span></h1>',
-        f'<div class="cards">{_cards(rows, names)}</div>{alarms}',
-        f'<h2>Newest pictures</h2><div class="pair">{grids}</div>' if "<img" in grids else "",
+        f'<div class="cards">{_cards(rows)}</div><div class="pair">{halves}</div>',
         f'<div class="panels">{report.panels(shared, draw)}</div>' if shared else "",
         _alone(rows, names),
         _recipes(folders, names),
@@ -43,7 +41,7 @@ def body(first: Path, second: Path, names: tuple[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _cards(rows: list[list[tracking.Row]], names: tuple[str, str]) -> str:
+def _cards(rows: list[list[tracking.Row]]) -> str:
     """The last value of every held-out metric that both have."""
     cards: list[str] = []
     for key in report.metrics(rows[0]):

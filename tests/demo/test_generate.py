@@ -10,8 +10,8 @@ import torch
 
 import visalign
 from tests.demo.conftest import CLOSE, FLAKY
-from visalign.demo import generate
-from visalign.demo.generate import Wish
+from visalign.demo import generate, watching
+from visalign.demo.watching import Wish
 from visalign.demo.workshop import Workshop
 
 FIELDS: dict[str, Any] = {"prompt": "a point", "model": "toy:gaussian", "method": "best_of_n", "nfe": 60, "count": 2, "steps": 5}
@@ -22,7 +22,7 @@ WEIGHTS = (1.0, 1.0, 1.0)  # of closeness, flaky and jpeg
 @pytest.fixture
 def every(monkeypatch: pytest.MonkeyPatch) -> None:
     """No view is passed over."""
-    monkeypatch.setattr(generate, "EVERY", 0.0)
+    monkeypatch.setattr(watching, "EVERY", 0.0)
 
 
 def wish(**changes: Any) -> Wish:
@@ -33,7 +33,7 @@ def wish(**changes: Any) -> Wish:
 @pytest.mark.parametrize("method", ["best_of_n", "zero_order", "feynman_kac", "gradient"])
 @pytest.mark.usefixtures("every")
 def test_first_the_plain_picture_then_the_search_that_sample_makes(workshop: Workshop, method: str) -> None:
-    views = list(generate.watch(workshop, wish(method=method)))
+    views = list(watching.watch(workshop, wish(method=method)))
     assert views[0].text == "Loading toy:gaussian"
     plain = next(n for n, view in enumerate(views) if view.scores)
     assert all(view.after is None for view in views[: plain + 1])
@@ -45,7 +45,7 @@ def test_first_the_plain_picture_then_the_search_that_sample_makes(workshop: Wor
     costs = [cost for cost, _ in views[-1].best]
     assert costs == sorted(costs)
     assert costs[-1] <= 60
-    same = visalign.sample("toy:gaussian", "a point", CLOSE, method, n=2, steps=5, seed=3, budget={"nfe": 60}, batch=generate.FEW)
+    same = visalign.sample("toy:gaussian", "a point", CLOSE, method, n=2, steps=5, seed=3, budget={"nfe": 60}, batch=watching.FEW)
     assert views[-1].after is not None
     assert torch.equal(views[-1].after, same.images)
     name, weight, before, after = views[-1].scores[0]
@@ -58,7 +58,7 @@ def test_first_the_plain_picture_then_the_search_that_sample_makes(workshop: Wor
 
 
 def test_plain_shows_one_picture_each(workshop: Workshop) -> None:
-    *_, last = generate.watch(workshop, wish(method="plain", weights={}))
+    *_, last = watching.watch(workshop, wish(method="plain", weights={}))
     state, pictures, curve = generate.shown(last, list(workshop.held_out))
     assert last.after is None
     assert pictures.count("<img") == 2
@@ -68,9 +68,9 @@ def test_plain_shows_one_picture_each(workshop: Workshop) -> None:
 
 
 def test_views_are_not_too_close_to_each_other(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "EVERY", 100.0)
-    views = list(generate.watch(workshop, wish(nfe=2000)))
-    assert len(views) == 5, "loading, and of each search the first and the last"
+    monkeypatch.setattr(watching, "EVERY", 100.0)
+    views = list(watching.watch(workshop, wish(nfe=2000)))
+    assert len(views) == 4, "loading, the first, and the end of each search"
     assert views[-1].share is None
 
 
@@ -85,7 +85,8 @@ def test_what_is_typed_is_shown_as_text(workshop: Workshop) -> None:
 def handled(workshop: Workshop, weights: tuple[Any, ...] = WEIGHTS, **changes: Any) -> list[list[str]]:
     """HTML of every view."""
     fields = FIELDS | changes
-    return [list(outputs[:3]) for outputs in generate.handler(workshop)(*fields.values(), *weights)]
+    draw, _ = generate.handlers(workshop)
+    return [list(outputs) for outputs in draw(gr.Request(session_hash="one"), *fields.values(), *weights)]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +127,30 @@ def test_mistakes_are_one_message_and_leave_nothing_in_the_log(
     assert not capfd.readouterr().err
 
 
+def test_cancelling_ends_ones_own_search_alone(workshop: Workshop) -> None:
+    draw, stop = generate.handlers(workshop)
+    one, other = gr.Request(session_hash="one"), gr.Request(session_hash="other")
+    fields = FIELDS | {"nfe": 200}
+    mine, theirs = (draw(visitor, *fields.values(), *WEIGHTS) for visitor in (one, other))
+    for outputs in mine:
+        next(theirs)
+        if "best_of_n: " in outputs[0]:
+            break
+    stop(one)
+    stop(gr.Request(session_hash="nobody"))
+    left = list(mine)
+    assert len(left) == 1
+    assert "Cancelled; this is how far it came." in left[0][0]
+    assert left[0][1].count("<img") == 4
+    *_, last = theirs
+    assert "best_of_n: done, 200 network evaluations" in last[0]
+    *_, last = draw(one, *FIELDS.values(), *WEIGHTS)
+    assert "best_of_n: done, 60 network evaluations" in last[0], "and the next one is not affected"
+
+
 def test_who_leaves_costs_no_more(workshop: Workshop) -> None:
     policy = workshop.turn(lambda: workshop.policy("toy:gaussian"))
-    views = generate.watch(workshop, wish(nfe=2000))
+    views = watching.watch(workshop, wish(nfe=2000))
     while next(views).after is None:
         pass
     views.close()  # pyright: ignore[reportAttributeAccessIssue]

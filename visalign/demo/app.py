@@ -13,7 +13,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 import gradio as gr
 from gradio.themes import Default
 
-from visalign.demo import generate, inputs, runs, score
+from visalign.demo import generate, runs, score
+from visalign.demo import inputs as given
 from visalign.demo.look import CSS
 from visalign.demo.workshop import Workshop
 from visalign.errors import UserError
@@ -32,11 +33,13 @@ MONO = ["ui-monospace", "monospace"]
 class Page(gr.Blocks):
     """Blocks that answer a request which can't be read, such as a forged one, by one message instead of a traceback."""
 
-    async def preprocess_data(self, *args: Any, **kwargs: Any) -> Any:
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return await super().preprocess_data(*args, **kwargs)
+            if given.links(inputs):
+                raise ValueError("only uploads are read")
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
         except Exception as error:
-            inputs.refuse(error)
+            given.refuse(error)
 
 
 def page(workshop: Workshop) -> Page:
@@ -49,16 +52,9 @@ def page(workshop: Workshop) -> Page:
         with gr.Tab("Score"):
             score.tab(workshop)
         with gr.Tab("Runs") as shelf:
-            choices = runs.tab(workshop)
-
-        def newest() -> list[Any]:
-            names = list(workshop.runs())
-            return [gr.update(choices=names), gr.update(choices=names)]
-
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        shelf.select(newest, None, list(choices), **quiet)
-        blocks.load(newest, None, list(choices), **quiet)
-        blocks.load(lambda: gr.update(choices=workshop.models()), None, model, **quiet)
+            connect = runs.tab(workshop)
+        connect(blocks, shelf)
+        blocks.load(lambda: gr.update(choices=workshop.models()), None, model, show_progress="hidden", api_visibility="private")
     return blocks.queue(max_size=WAITING, default_concurrency_limit=16)
 
 
@@ -72,7 +68,7 @@ def launch(workshop: Workshop, host: str = "127.0.0.1", port: int | None = None)
     theme = Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO)
     options: dict[str, Any] = {"server_name": host, "server_port": port, "theme": theme, "head": f"<style>{CSS}</style>"}
     options |= {"footer_links": [], "run_history": False, "enable_monitoring": False, "state_session_capacity": SESSIONS}
-    options |= {"max_file_size": f"{inputs.MEGABYTES}mb", "ssr_mode": False, "mcp_server": False, "pwa": False, "share": False}
+    options |= {"max_file_size": f"{given.MEGABYTES}mb", "ssr_mode": False, "mcp_server": False, "pwa": False, "share": False}
     try:
         _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, show_error=False, **options)
     except OSError as error:

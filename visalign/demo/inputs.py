@@ -40,6 +40,12 @@ def refuse(error: Exception) -> NoReturn:
     raise gr.Error(escape(known[:200]), print_exception=False) from None
 
 
+def links(values: Sequence[Any]) -> bool:
+    """Whether a forged request names files elsewhere, which Gradio would fetch."""
+    files = [item for value in values for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+    return any("://" in str(file.get("path")) for file in files)
+
+
 def prompt(text: Any) -> str:
     """A prompt on one line. Raises UserError: none, or too long."""
     words = " ".join(text.split()) if isinstance(text, str) else ""
@@ -62,7 +68,7 @@ def weights(offered: Sequence[str], chosen: Any, values: Sequence[Any]) -> dict[
 def within(name: str, value: Any, low: float, high: float) -> float:
     """A number within bounds. Raises UserError: it isn't."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is in no bounds
-        raise UserError(f"{name}: expected a number from {low:g} to {high:g}, got {str(value)[:40]}")
+        raise UserError(f"{name}: expected a number from {low:g} to {high:.10g}, got {str(value)[:40]}")
     return float(value)
 
 

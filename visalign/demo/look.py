@@ -32,6 +32,7 @@ img{display:block;border-radius:6px;background:var(--rule)}.sharp{image-renderin
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:5px 8px;border-bottom:1px solid var(--rule);overflow-wrap:anywhere}
 th{color:var(--faint);font-weight:500;font-size:13px}th:first-child,td:first-child{text-align:left}
+h1,h2{font-weight:650}.pair h2{margin-top:20px}.pair .key-b{margin-left:0}
 figure .note{font-size:13px;margin-top:8px}
 .up{color:var(--good)}.down{color:var(--bad)}.badge{color:var(--faint);font-size:12px;border:1px solid var(--rule);
 border-radius:99px;padding:1px 8px;margin-left:6px;white-space:nowrap}
