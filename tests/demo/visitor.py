@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import httpx
@@ -13,21 +13,24 @@ import httpx
 Message = dict[str, Any]
 
 
+@functools.cache
+def config(address: str) -> dict[str, Any]:
+    """What the page at an address consists of; the same for every visitor."""
+    return httpx.get(f"{address}config", timeout=120).json()
+
+
 class Visitor:
     """A session of its own with the demo at an address."""
 
     def __init__(self, address: str):
         self.session = secrets.token_hex(6)
-        self.http = httpx.Client(base_url=address, timeout=60)
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return self.http.get("config").json()
+        self.http = httpx.Client(base_url=address, timeout=120)
 
     def number(self, button: str) -> int:
         """Of the event that a button, named by its elem_id, triggers first."""
-        there = next(c["id"] for c in self.config["components"] if c["props"].get("elem_id") == button)
-        return next(d["id"] for d in self.config["dependencies"] if [there, "click"] in [list(target) for target in d["targets"]])
+        page = config(str(self.http.base_url))
+        there = next(c["id"] for c in page["components"] if c["props"].get("elem_id") == button)
+        return next(d["id"] for d in page["dependencies"] if [there, "click"] in [list(target) for target in d["targets"]])
 
     def press(self, button: str, *values: Any) -> list[Message]:
         """All that the server says until the event is over; the last message holds the answer."""
