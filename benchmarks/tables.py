@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from visalign import config, registry
+from visalign import config, registry, sources
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- tables:begin (python -m benchmarks.tables writes what stands between these marks) -->", "<!-- tables:end -->"
@@ -15,7 +15,7 @@ def tables() -> str:
     """A table per plug-in folder, and one of the recipes."""
     parts: list[str] = []
     for kind, title in (("rewards", "Rewards"), ("trainers", "Trainers"), ("families", "Families")):
-        rows = [f"| `{name}` | {registry.summary(kind, name)} |" for name in registry.names(kind)]
+        rows = [f"| `{name}` | {sources.summary(kind, name)} |" for name in registry.names(kind)]
         parts.append("\n".join([f"### {title}", "", "| name | what it is |", "|---|---|", *rows]))
     rows = [f"| `{name}` | {config.purpose(name)} |" for name in config.packaged()]
     parts.append("\n".join(["### Recipes", "", "| name | what it does |", "|---|---|", *rows]))
