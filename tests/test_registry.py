@@ -241,7 +241,7 @@ def test_a_folder_without_an_index_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot find model"):
         registry.load_policy(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableAudioPipeline"}')
-    with pytest.raises(UserError, match="is a StableAudioPipeline; known pipelines: .*StableDiffusion3Pipeline"):
+    with pytest.raises(UserError, match=r"is a StableAudioPipeline; known pipelines: .*StableDiffusion3Pipeline"):
         registry.load_policy(str(tmp_path))
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}'
