@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from visalign import attention, build, config, registry
-from visalign.attention import direct, fault, routed, settled
+from visalign.attention import Route, direct, fault, settled, within
 from visalign.noise import gaussian
 from visalign.policy import Policy
 
@@ -63,7 +63,7 @@ def test_attention_past_the_dispatcher_is_led_through_it(model: str, request: py
         return call
 
     for module in found:
-        module.forward = routed(counted(module.forward), "_native_math")
+        module.forward = within(counted(module.forward), Route("_native_math"))
     assert (said(policy) - before).abs().max() < 1e-5
     assert len(calls) == len(found)
 
@@ -79,7 +79,7 @@ def test_the_backend_is_used_in_a_recomputation_too(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", counted)
     q = torch.ones(1, 2, 8, 4, requires_grad=True)
-    attend = routed(lambda x: nn.functional.scaled_dot_product_attention(x, x, x, scale=0.5), "native")
+    attend = within(lambda x: nn.functional.scaled_dot_product_attention(x, x, x, scale=0.5), Route("native"))
     torch.utils.checkpoint.checkpoint(attend, q, use_reentrant=False).sum().backward()
     assert calls == ["native", "native"]
     assert q.grad is not None

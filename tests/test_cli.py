@@ -118,7 +118,8 @@ def picture(tmp_path: Path) -> Path:
         (["list", "reward"], "'reward'"),
         (["score", "a.png", "--reward", "jpeg"], "one of the arguments --prompt --prompts is required (see visalign --help)"),
         (["export", "nowhere", "--out", "there"], "nowhere is no run folder: it has no config.yaml"),
-        (["plan", "toybox"], "`visalign plan` is not in this version"),
+        (["plan", "toybox", "--gpu", "h1000"], "--gpu h1000: not in the table; did you mean h100?"),
+        (["plan", "toybox", "--gpus", "0"], "--gpus 0: expected 1 or more"),
         (["demo", "--reward", "jpg"], "no reward named 'jpg'; did you mean jpeg?"),
         (["demo", "--reward", "diversity"], "--reward diversity: it compares pictures; the demo scores one by one"),
         (["demo", "--device", "abacus"], "'abacus' can't be used here"),
@@ -136,7 +137,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(command)
         assert done.value.code == 0
         assert "usage: visalign" in capsys.readouterr().out
-    assert all(name in overview for name in ("train", "check", "evaluate", "sample", "score", "export", "demo", "list", *cli.LATER))
+    assert all(name in overview for name in ("train", "check", "evaluate", "sample", "score", "export", "demo", "plan", "list"))
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_sharded_weights_give_the_curve_and_the_checkpoint_of_one_process(tiny_sd3: Path, tmp_path: Path) -> None:
-    changes = {"run__steps": 4, "run__checkpoint_every": 2, "eval__every": 2, "policy__lora": {"rank": 4, "alpha": 8}}
+    changes = {"run__steps": 4, "run__checkpoint_every": 2, "eval__every": 2, "policy__train": ["proj_out", "attn.to_q"]}
     changes |= {"rewards": {"bright": {"use": "tests.toy_rewards:Brightness"}}, "optimizer__lr": 3e-4}
     one = recipe(tmp_path / "one", tiny_sd3, **changes)
     alone = build.trainer(one)
@@ -75,6 +75,12 @@ def test_a_missing_share_is_said(tmp_path: Path) -> None:
 def test_the_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="expected fsdp_version: 2"):
+        Processes("cpu")
+
+
+def test_deepspeeds_own_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="use configs/accelerate/zero2"):
         Processes("cpu")
 
 

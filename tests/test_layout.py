@@ -36,6 +36,7 @@ TRAINING |= {"distributed", "questions", "backprop", "noise", "forward_process",
 TRAINING |= {"snapshots", "pathwise", "climbing", "composite", "searches", "shifted_noise"}
 ACTING_FOR_REWARDS = ACTING - {"policy", "sampling", "solvers", "branching", "reward_check", "judge_client"}
 REFERENCES = {"references"}
+PLUMBING |= {"ledger", "skeletons", "dry_run", "planning", "plan_report"}
 DOORS = {"train", "cli", "api", "drawing", "gallery", "demo"}
 MAY_IMPORT = {  # group -> what of visalign its files may import, besides each other and errors
     "data": set(),

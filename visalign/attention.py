@@ -79,21 +79,25 @@ def apply(network: nn.Module, name: str) -> None:
     with attention_backend(NATIVE):  # it would stay the default of all networks otherwise
         changing.set_attention_backend(name)
     for module in direct(network):
-        module.forward = routed(module.forward, name)
+        module.forward = within(module.forward, Route(name))
 
 
 def direct(network: nn.Module) -> list[nn.Module]:
     """The attentions of a network that call torch's own function, past the dispatcher."""
-    processors: dict[nn.Module, Any] = {module: getattr(module, "processor", None) for module in network.modules()}
-    return [module for module, processor in processors.items() if processor and not hasattr(processor, "_attention_backend")]
+    return [module for module in attentions(network) if not hasattr(module.processor, "_attention_backend")]
 
 
-def routed(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A module's forward in which torch's own attention goes through the dispatcher, in a recomputation by checkpointing too."""
+def attentions(network: nn.Module) -> list[nn.Module]:
+    """All attentions of a diffusers network."""
+    return [module for module in network.modules() if getattr(module, "processor", None) is not None]
+
+
+def within(forward: Callable[..., Any], mode: TorchFunctionMode) -> Callable[..., Any]:
+    """A module's forward in a mode: around the network the mode would be left while checkpointing computes activations again."""
 
     @wraps(forward)
     def through(*arguments: Any, **options: Any) -> Any:
-        with Route(name):
+        with mode:
             return forward(*arguments, **options)
 
     return through

@@ -1,4 +1,4 @@
-"""The `visalign` command: train, check, evaluate, sample, score, export, demo, list."""
+"""The `visalign` command: train, check, evaluate, sample, score, export, demo, plan, list."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from visalign.errors import UserError
-
-LATER = {  # commands whose issue has not been built yet: they say so rather than be missing
-    "plan": "the planner of memory and time",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,8 +70,10 @@ def parser() -> Parser:
     one.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
     one = commands.add_parser("list", help="what there is")
     one.add_argument("kind", nargs="?", choices=["rewards", "trainers", "families", "steering", "configs", "schema"])
-    for name, text in LATER.items():
-        commands.add_parser(name, help=f"not in this version: {text}").add_argument("rest", nargs=argparse.REMAINDER)
+    one = commands.add_parser("plan", help="memory, time and geometry of a recipe, before any weights are loaded")
+    one.add_argument("words", **recipe)
+    one.add_argument("--gpu", default="h100", metavar="NAME", help="by its table of GPUs (default: h100)")
+    one.add_argument("--gpus", type=int, default=1, metavar="N", help="how many")
     return top
 
 
@@ -106,10 +104,10 @@ def _run(words: list[str]) -> int:
     if words and not words[0].startswith("-"):
         _known(words[0])
     parsed, unknown = top.parse_known_args(words)  # what a later version knows is no mistake in this one
-    if parsed.command in LATER:
-        raise UserError(f"`visalign {parsed.command}` is not in this version: it comes with {LATER[parsed.command]}")
-    if unknown:
-        top.error(f"unknown option {unknown[0]}")
+    if hasattr(parsed, "words"):  # overrides may follow options
+        parsed.words += [word for word in unknown if not word.startswith("-")]
+    if strange := [word for word in unknown if word not in getattr(parsed, "words", [])]:
+        top.error(f"unknown option {strange[0]}")
     if parsed.command is None:
         top.print_help()
         return 0
@@ -119,7 +117,7 @@ def _run(words: list[str]) -> int:
 def _known(command: str) -> None:
     from visalign.explain import nearest
 
-    known = ["train", "check", "evaluate", "sample", "score", "export", "demo", "list", *LATER]
+    known = ["train", "check", "evaluate", "sample", "score", "export", "demo", "plan", "list"]
     if command not in known:
         raise UserError(f"no command {command!r}{nearest(command, known)}")
 
@@ -239,6 +237,14 @@ def _blend(word: str) -> tuple[Path, float]:
     if not run or not 0 <= share <= 1:
         raise UserError(f"--blend {word}: expected RUN=SHARE, such as runs/diverse=0.5, with a share from 0 to 1")
     return Path(run), share
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    from visalign import config, plan_report
+
+    recipe, overrides = split(parsed.words)
+    print(plan_report.text(config.load(recipe, overrides), parsed.gpu, parsed.gpus))
+    return 0
 
 
 def _demo(parsed: argparse.Namespace) -> int:

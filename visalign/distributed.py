@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,15 @@ def placed(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def _forget(network: nn.Module) -> None:
+    """Let go of the weights that a sharded network has gathered: others have been put in their place."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class Processes:
     """The processes of a run: rank, sums and gathers over all of them, and how what learns is laid out over them.
 
@@ -56,6 +66,8 @@ class Processes:
         picked = pick_device(device)
         if picked.type == "cpu":
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise UserError("accelerate: DeepSpeed steps before a loss is known to be finite; use configs/accelerate/zero2.yaml, its like")
         wanted = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate itself would shard on GPUs alone
         if wanted and os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError("accelerate: expected fsdp_version: 2 in its config, as in configs/accelerate/fsdp2.yaml")
@@ -91,7 +103,10 @@ class Processes:
         options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if off else OffloadPolicy()}
         for block in reversed(repeated(network)):
             fully_shard(block, reshard_after_forward=again, **options)
-        fully_shard(network, **options)
+        shards: Any = fully_shard(network, reshard_after_forward=again, **options)
+        forget = partial(_forget, shards)
+        for parameter in shards.parameters():
+            parameter.forget = forget  # for `snapshots.overwrite`
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The network and its optimizer as accelerate wraps them."""

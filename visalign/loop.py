@@ -27,7 +27,7 @@ from visalign.losses import Loss
 from visalign.policy import Policy
 from visalign.prompts import PromptSet
 from visalign.scoring import Panel, Reward
-from visalign.snapshots import Average
+from visalign.snapshots import Average, overwrite
 from visalign.tracking import Tracker
 
 Defaults = Mapping[str, Mapping[str, Any]]  # section of a recipe -> key -> value
@@ -278,8 +278,7 @@ class Loop(Job):
         if set(names) != set(tensors["trainable"]):
             raise UserError(f"checkpoint {folder} holds other weights than this recipe trains; was policy.lora or policy.model changed?")
         with torch.no_grad():
-            for name, parameter in zip(names, self.parameters, strict=True):
-                parameter.copy_(placed(tensors["trainable"][name], parameter))
+            overwrite(self.parameters, [placed(tensors["trainable"][n], p) for n, p in zip(names, self.parameters, strict=True)])
             if self.average:
                 self.average.values = [placed(tensors["average"][n], p) for n, p in zip(names, self.parameters, strict=True)]
                 self.average.updates = state["updates"]

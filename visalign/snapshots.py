@@ -57,10 +57,18 @@ def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
         _put(parameters, current)
 
 
-@torch.no_grad()
 def _put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    if any(isinstance(p, DTensor) for p in parameters):
+        overwrite(parameters, values)
+        return
     for parameter, value in zip(parameters, values, strict=True):
-        if isinstance(parameter, DTensor):
-            parameter.copy_(value)
-        else:
-            parameter.data = value
+        parameter.data = value
+
+
+@torch.no_grad()
+def overwrite(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Copy `values` into the parameters; a module that has gathered its sharded weights already must do so again."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+    for forget in {parameter.forget for parameter in parameters if hasattr(parameter, "forget")}:
+        forget()

@@ -1,0 +1,77 @@
+"""`python -m benchmarks.plan_memory`: what `visalign plan` says a training step takes against what it takes, the toybox on a CPU.
+
+Each case runs in this process, one after the other: its resident set before (libraries, and a tiny step that loads what is loaded late) is
+taken from its peak during a step, which the kernel keeps and is told to forget in between. Linux. Writes
+benchmarks/results/plan_memory.json.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+from benchmarks.records import RESULTS, rounded, write
+from visalign import build, config, plan_report
+from visalign.planning import GB
+
+PLAIN = ["rewards={toybox: 1.0}", "eval.rewards={toybox: 1.0}", "eval.images=2", "eval.scan=[]", "policy.ema=0.9"]
+CASES = {  # name -> recipe and overrides
+    "adapter": ("toybox", ["trainer.micro_batch=96", "policy.train=[]", "policy.lora={rank: 32, alpha: 64}"]),
+    "adapter, checkpointing": (
+        "toybox",
+        ["trainer.micro_batch=96", "policy.train=[]", "policy.lora={rank: 32, alpha: 64}", "policy.gradient_checkpointing=true"],
+    ),
+    "all weights": ("toybox", ["trainer.micro_batch=48", "policy.train=[]"]),
+    "forward process": ("toybox_nft", ["trainer.micro_batch=96"]),
+}
+
+
+def memory(name: str) -> float:
+    """GB of this process: VmRSS now, or VmHWM at most since `forget`."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024 / GB
+
+
+def forget() -> None:
+    """Give back what is free, and start the peak anew."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def stepped(recipe: str, overrides: list[str], **geometry: int) -> None:
+    """One training step."""
+    sizes = [f"trainer.{key}={value}" for key, value in geometry.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*overrides, *PLAIN, *sizes, f"run.path={folder}", "run.device=cpu", "run.threads=1"]
+        build.trainer(config.load(recipe, words)).step(1)
+
+
+def measure(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """Planned and measured growth of the resident set over one step, in GB, and both with what was there before."""
+    planned = plan_report.plan(config.load(recipe, [*overrides, *PLAIN])).needs().peak / GB
+    stepped(recipe, overrides, prompts=1, group_size=2, micro_batch=2)
+    forget()
+    before = memory("VmRSS")
+    stepped(recipe, overrides)
+    found = memory("VmHWM")
+    figures = {"before": before, "planned_growth": planned, "measured_growth": found - before}
+    figures |= {"planned": before + planned, "measured": found, "ratio": (before + planned) / found}
+    return {name: rounded(value) for name, value in figures.items()} | {"growth_ratio": rounded(planned / (found - before))}
+
+
+def main() -> None:
+    found = {name: measure(*case) for name, case in CASES.items()}
+    for name, figures in found.items():
+        print(name, figures)
+    write(RESULTS / "plan_memory.json", {"cases": found} | describe())
+
+
+if __name__ == "__main__":
+    main()
