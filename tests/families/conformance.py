@@ -138,7 +138,7 @@ class Conformance:
         """What a stock pipeline makes of the noise that `pictures` starts from at seed 3."""
         noise = gaussian(policy.family.latent_shape, 3, prompts.noise_ids, 0)
         options = {"height": side, "width": side, "num_inference_steps": self.steps, "output_type": "pt"}
-        return pipeline(prompt=prompts.texts, latents=self.packed(noise), **options, **self.arguments(prompts, guidance))[0]
+        return pipeline(prompt=list(prompts.texts), latents=self.packed(noise), **options, **self.arguments(prompts, guidance))[0]
 
     # --- promises ------------------------------------------------------------------------------------------------------
 

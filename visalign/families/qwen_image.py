@@ -1,0 +1,140 @@
+"""Qwen-Image: whatever loads as `QwenImagePipeline`.
+
+Prompts are of different lengths and encoded one by one, so that no picture depends on what else is in its batch. Guidance keeps the norm
+that the conditional half has at each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.utils.rnn import pad_sequence
+
+from visalign.paths import Flow
+from visalign.pipeline_family import PipelineFamily, flow_grid
+from visalign.preprocess import Preprocess
+
+
+class QwenImage(PipelineFamily):
+    """Args:
+    pipeline: a loaded pipeline; it is wrapped, not copied.
+    resolution: pixels per side; None takes 1024.
+    negative_prompt: what guidance leads away from.
+    max_sequence_length: tokens of a prompt after its template; what is beyond is cut.
+    step_distilled: whether it draws in few steps; None goes by its name (`policy.DISTILLED`).
+    """
+
+    pipeline_classes = ("QwenImagePipeline",)
+    lora_targets = tuple(f"attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
+    output_layer = "proj_out"
+
+    def __init__(
+        self,
+        pipeline: Any,
+        resolution: int | None = None,
+        negative_prompt: str = " ",
+        max_sequence_length: int = 512,
+        step_distilled: bool | None = None,
+    ):
+        super().__init__(pipeline, resolution, negative_prompt, step_distilled)
+        self.path, self.max_sequence_length = Flow(), max_sequence_length
+
+    def shape(self, side: int | None) -> tuple[int, ...]:
+        pipe = self.pipeline
+        own = 2 * (side // (2 * pipe.vae_scale_factor)) if side else pipe.default_sample_size
+        return (pipe.vae.config.z_dim, own, own)
+
+    # --- conditions ----------------------------------------------------------------------------------------------------
+
+    def embed(self, texts: list[str], pictures: Sequence[Any]) -> dict[str, Tensor]:
+        """Token embeddings `text` (U, L, D) and their `mask` (U, L), without columns where no row is padded."""
+        rows = [self.tokens(text, picture) for text, picture in zip(texts, pictures, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        longest = 0 if (lengths == lengths[0]).all() else int(lengths.max())
+        mask = torch.arange(longest)[None] < lengths[:, None]
+        return {"text": pad_sequence(rows, batch_first=True), "mask": mask.to(rows[0].device)}
+
+    def tokens(self, text: str, picture: Any) -> Tensor:
+        """(L, D) of one prompt."""
+        del picture
+        return self.pipeline.encode_prompt(text, device=self.pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length)[0][
+            0
+        ]
+
+    # --- sampling ------------------------------------------------------------------------------------------------------
+
+    def grid(self, steps: int) -> Tensor:
+        scheduler = self.pipeline.scheduler
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        tokens = self.latent_shape[1] // 2 * (self.latent_shape[2] // 2)
+        mu = calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in names.items()))
+        return flow_grid(scheduler, steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        dtype, mask, images = self.denoiser.dtype, condition["mask"], self.seen(x, condition)
+        shapes = [(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]
+        found = network(
+            hidden_states=torch.cat([self.pack(image.to(dtype)) for image in images], 1),
+            timestep=(sigma * 1000).to(dtype) / 1000,  # rounded as the stock pipeline rounds it
+            encoder_hidden_states=condition["text"],
+            encoder_hidden_states_mask=mask if mask.shape[1] else None,
+            img_shapes=[shapes] * len(x),
+            return_dict=False,
+        )[0]
+        return self.unpacked(found[:, : x[0, 0].numel() // 4])
+
+    def seen(self, x: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
+        """Latents (N, C, h, w) of all pictures before the network, first those that it denoises."""
+        del condition
+        return [x]
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return pixel_unshuffle(latents, 2).flatten(2).mT  # (N, C, H, W) to (N, H/2·W/2, 4·C)
+
+    def unpacked(self, tokens: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        return pixel_shuffle(tokens.mT.unflatten(2, (self.latent_shape[1] // 2, -1)), 2)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float, sigma: Tensor) -> Tensor:
+        guided = self.pack(super().guide(conditional, unconditional, guidance, sigma))
+        wanted = self.pack(conditional).norm(dim=-1, keepdim=True)
+        return self.unpacked(guided * (wanted / guided.norm(dim=-1, keepdim=True)))
+
+    # --- latents: pictures are videos of one frame ---------------------------------------------------------------------
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipeline.vae.config
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (config.latents_mean, config.latents_std))
+        return mean, std
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return (latents * std + mean)[:, :, None]
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return (latents[:, :, 0] - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents)[:, :, 0]
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        return self.encoded(Preprocess((self.size["height"], self.size["width"]), (0.5,) * 3, (0.5,) * 3)(images))
+
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """Mean latents (N, C, h, w) of pictures (N, 3, H, W) in [-1, 1]."""
+        vae = self.pipeline.vae
+        return self.scaled(vae.encode(pixels[:, :, None].to(vae.dtype)).latent_dist.mode().float())
+
+    # --- the stock pipeline --------------------------------------------------------------------------------------------
+
+    def call(self, texts: Sequence[str], guidance: float, metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        away = {"negative_prompt": [self.negative_prompt] * len(texts)} if guidance > 1 else {}
+        return away | {"true_cfg_scale": guidance, "max_sequence_length": self.max_sequence_length}
