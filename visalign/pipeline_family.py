@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from visalign.policy import Family, named_as_distilled, quiet_loading
 from visalign.preprocess import Preprocess
 from visalign.rollout import Condition
 
+SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # where a scheduler names none
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -188,6 +190,14 @@ def flow_grid(scheduler: Any, steps: int, **arguments: Any) -> Tensor:
         raise UserError("policy.steps=1: this scheduler's shift_terminal stretches a grid between two times; use 2 steps or more")
     scheduler.set_timesteps(**({} if "sigmas" in arguments else {"num_inference_steps": steps}), **arguments)
     return scheduler.sigmas.float().cpu()
+
+
+def shifted_grid(scheduler: Any, steps: int, tokens: int, sigmas: Any = None) -> Tensor:
+    """`flow_grid` of even steps with FLUX's shift by the number of the denoiser's tokens, as the pipelines since then make it."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    mu = calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in SHIFT.items()))
+    return flow_grid(scheduler, steps, sigmas=np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas, mu=mu)
 
 
 def as_ddim(scheduler: Any, **changes: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.families.conformance import TEXTS, Conformance
 from tests.tiny.qwen_image import qwen_image
+from visalign.errors import UserError
 from visalign.policy import Policy
 from visalign.rollout import Prompts
 from visalign.sampling import pictures
@@ -55,6 +56,8 @@ class TestQwenImage(Conformance):
         assert small[0] == large[0] == 1
         assert (large[1:4] > small[1:4]).all(), "more tokens, more noise"
         assert small[-2] == pytest.approx(0.02), "the published shift_terminal"
+        with pytest.raises(UserError, match="use 2 steps or more"):
+            policies[0].family.grid(1)
 
 
 def test_pictures_become_latents_of_the_stock_pipelines_scale(tmp_path: Path) -> None:

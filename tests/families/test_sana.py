@@ -94,8 +94,8 @@ class TestSprint(Conformance):
         with pytest.raises(UserError, match="no unconditional half"):
             policies[0].predict(torch.randn(1, 4, 8, 8), torch.ones(1), policies[0].family.encode(["a star"]), 4.5)
 
-    def test_the_embedded_guidance_matters(self, folder: Path, policies: list[Policy]) -> None:
-        both = self.load(folder, resolution=32, embedded_guidance=1.0), policies[0]
+    def test_the_distilled_guidance_matters(self, folder: Path, policies: list[Policy]) -> None:
+        both = self.load(folder, resolution=32, distilled_guidance=1.0), policies[0]
         x, t = torch.randn(1, 4, 8, 8), torch.ones(1)
         weak, usual = (policy.predict(x, t, policy.family.encode(["a star"])) for policy in both)
         assert (weak - usual).abs().max() > 1e-4

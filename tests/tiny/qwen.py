@@ -12,13 +12,8 @@ CHAT = (  # what Qwen's own template comes to for one message of the user
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-}
+SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.1}
+TEXT = SIZE | {"num_attention_heads": 4, "num_key_value_heads": 2}
 VISION = {"image_token": "image_pad", "video_token": "video_pad", "vision_start_token": "vision_start", "vision_end_token": "vision_end"}
 PATCH = 56  # pixels; four times the real one, so that a picture has few tokens
 
@@ -54,12 +49,12 @@ def qwen_vision(tokenizer: Any) -> Any:
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     text = TEXT | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    vision = SIZE | {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
     numbers = {f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in VISION.items()}
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(
         text_config=text | {"rope_parameters": rope},
-        vision_config=vision | {"patch_size": PATCH, "window_size": 4 * PATCH, "initializer_range": 0.1},
+        vision_config=vision | {"patch_size": PATCH, "window_size": 4 * PATCH},
         **numbers,
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()

@@ -24,8 +24,8 @@ def parts(levels: int, **scheduler: Any) -> dict[str, Any]:
         "vae": AutoencoderKLQwenImage(
             base_dim=4,
             z_dim=CHANNELS,
-            dim_mult=[1] * levels + [2],
-            num_res_blocks=1,
+            dim_mult=[1] * (levels + 1),
+            num_res_blocks=0,
             temperal_downsample=[False] * levels,
             latents_mean=[0.1, -0.2, 0.3, -0.4],
             latents_std=[0.8, 1.1, 1.3, 0.9],

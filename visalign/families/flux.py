@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visalign.paths import Flow
-from visalign.pipeline_family import PipelineFamily, flow_grid
-
-SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # where a scheduler names none
+from visalign.pipeline_family import PipelineFamily, shifted_grid
 
 
 def tokens(latents: Tensor) -> Tensor:
@@ -71,10 +67,7 @@ class Flux(PipelineFamily):
         return {"sequence": sequence, "pooled": pooled}
 
     def grid(self, steps: int) -> Tensor:
-        scheduler = self.pipeline.scheduler
-        count = self.latent_shape[1] * self.latent_shape[2] // self.patch**2
-        mu = calculate_shift(count, *(scheduler.config.get(name, value) for name, value in SHIFT.items()))
-        return flow_grid(scheduler, steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return shifted_grid(self.pipeline.scheduler, steps, self.latent_shape[1] * self.latent_shape[2] // self.patch**2)
 
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         dtype, (height, width) = self.denoiser.dtype, (side // self.patch for side in x.shape[-2:])

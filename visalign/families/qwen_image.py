@@ -9,22 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
 from visalign.paths import Flow
-from visalign.pipeline_family import PipelineFamily, flow_grid
+from visalign.pipeline_family import PipelineFamily, shifted_grid
 from visalign.preprocess import Preprocess
 
 
 class QwenImage(PipelineFamily):
     """Args:
     pipeline: a loaded pipeline; it is wrapped, not copied.
-    resolution: pixels per side; None takes 1024.
+    resolution: pixels per side, a multiple of 16; None takes the pipeline's own.
     negative_prompt: what guidance leads away from.
     max_sequence_length: tokens of a prompt after its template; what is beyond is cut.
     step_distilled: whether it draws in few steps; None goes by its name (`policy.DISTILLED`).
@@ -33,6 +31,7 @@ class QwenImage(PipelineFamily):
     pipeline_classes = ("QwenImagePipeline",)
     lora_targets = tuple(f"attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
     output_layer = "proj_out"
+    patch = 2
 
     def __init__(
         self,
@@ -46,9 +45,8 @@ class QwenImage(PipelineFamily):
         self.path, self.max_sequence_length = Flow(), max_sequence_length
 
     def shape(self, side: int | None) -> tuple[int, ...]:
-        pipe = self.pipeline
-        own = 2 * (side // (2 * pipe.vae_scale_factor)) if side else pipe.default_sample_size
-        return (pipe.vae.config.z_dim, own, own)
+        channels, *sides = super().shape(side)
+        return (channels // self.patch**2, *sides)
 
     # --- conditions ----------------------------------------------------------------------------------------------------
 
@@ -70,15 +68,11 @@ class QwenImage(PipelineFamily):
     # --- sampling ------------------------------------------------------------------------------------------------------
 
     def grid(self, steps: int) -> Tensor:
-        scheduler = self.pipeline.scheduler
-        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        tokens = self.latent_shape[1] // 2 * (self.latent_shape[2] // 2)
-        mu = calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in names.items()))
-        return flow_grid(scheduler, steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return shifted_grid(self.pipeline.scheduler, steps, self.latent_shape[1] * self.latent_shape[2] // self.patch**2)
 
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         dtype, mask, images = self.denoiser.dtype, condition["mask"], self.seen(x, condition)
-        shapes = [(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]
+        shapes = [(1, image.shape[2] // self.patch, image.shape[3] // self.patch) for image in images]
         found = network(
             hidden_states=torch.cat([self.pack(image.to(dtype)) for image in images], 1),
             timestep=(sigma * 1000).to(dtype) / 1000,  # rounded as the stock pipeline rounds it
@@ -87,7 +81,7 @@ class QwenImage(PipelineFamily):
             img_shapes=[shapes] * len(x),
             return_dict=False,
         )[0]
-        return self.unpacked(found[:, : x[0, 0].numel() // 4])
+        return self.unpacked(found[:, : x[0, 0].numel() // self.patch**2])
 
     def seen(self, x: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
         """Latents (N, C, h, w) of all pictures before the network, first those that it denoises."""
@@ -95,11 +89,11 @@ class QwenImage(PipelineFamily):
         return [x]
 
     def pack(self, latents: Tensor) -> Tensor:
-        return pixel_unshuffle(latents, 2).flatten(2).mT  # (N, C, H, W) to (N, H/2·W/2, 4·C)
+        return pixel_unshuffle(latents, self.patch).flatten(2).mT  # (N, C, H, W) to (N, H/2·W/2, 4·C)
 
     def unpacked(self, tokens: Tensor) -> Tensor:
         """The inverse of `pack`."""
-        return pixel_shuffle(tokens.mT.unflatten(2, (self.latent_shape[1] // 2, -1)), 2)
+        return pixel_shuffle(tokens.mT.unflatten(2, (self.latent_shape[1] // self.patch, -1)), self.patch)
 
     def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float, sigma: Tensor) -> Tensor:
         guided = self.pack(super().guide(conditional, unconditional, guidance, sigma))

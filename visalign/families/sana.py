@@ -54,7 +54,7 @@ class Sana(PipelineFamily):
     negative_prompt: what guidance leads away from; SANA-Sprint has no such guidance.
     max_sequence_length: tokens of a prompt; what is beyond is cut.
     instruct: put the stock pipeline's instruction, to imagine details, before each prompt.
-    embedded_guidance: what SANA-Sprint is told.
+    distilled_guidance: what SANA-Sprint is told.
     step_distilled: whether it draws in few steps; None goes by its name (`policy.DISTILLED`), and is true of SANA-Sprint.
     """
 
@@ -69,13 +69,13 @@ class Sana(PipelineFamily):
         negative_prompt: str = "",
         max_sequence_length: int = 300,
         instruct: bool = True,
-        embedded_guidance: float = 4.5,
+        distilled_guidance: float = 4.5,
         step_distilled: bool | None = None,
     ):
         self.sprint = isinstance(pipeline, SanaSprintPipeline)
         super().__init__(pipeline, resolution, negative_prompt, True if self.sprint and step_distilled is None else step_distilled)
         self.path = Trigonometric() if self.sprint else Flow()
-        self.scheduler, self.embedded_guidance = first_order(pipeline.scheduler), embedded_guidance
+        self.scheduler, self.distilled_guidance = first_order(pipeline.scheduler), distilled_guidance
         published = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
         self.prompting = {"max_sequence_length": max_sequence_length, "complex_human_instruction": published if instruct else None}
 
@@ -128,7 +128,7 @@ class Sana(PipelineFamily):
         sigma = angle.sin() / (angle.cos() + angle.sin())
         s = expand(sigma, x)
         scale = (s**2 + (1 - s) ** 2).sqrt()
-        guidance = torch.full_like(sigma, self.embedded_guidance).to(text["encoder_hidden_states"].dtype) * config.guidance_embeds_scale
+        guidance = torch.full_like(sigma, self.distilled_guidance).to(text["encoder_hidden_states"].dtype) * config.guidance_embeds_scale
         said = network((x * scale).to(dtype), timestep=sigma, guidance=guidance, return_dict=False, **text)[0]
         return ((1 - 2 * s) * (x * scale) + (1 - 2 * s + 2 * s**2) * said) / scale
 
@@ -145,7 +145,7 @@ class Sana(PipelineFamily):
     @torch.no_grad()
     def stock(self, texts: Sequence[str], noise: Tensor, steps: int, guidance: float, metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         further = self._between(steps) if self.sprint else {"negative_prompt": [self.negative_prompt] * len(texts)}
-        further |= {"guidance_scale": self.embedded_guidance if self.sprint else guidance, "latents": noise, **self.size, **self.prompting}
+        further |= {"guidance_scale": self.distilled_guidance if self.sprint else guidance, "latents": noise, **self.size, **self.prompting}
         own = self.pipeline.scheduler
         self.pipeline.register_modules(scheduler=self.scheduler)
         try:

@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from visalign.paths import Flow, expand
-from visalign.pipeline_family import PipelineFamily, flow_grid
+from visalign.pipeline_family import PipelineFamily, shifted_grid
 
 
 class ZImage(PipelineFamily):
     """Args:
     pipeline: a loaded pipeline; it is wrapped, not copied.
-    resolution: pixels per side; None takes 1024.
+    resolution: pixels per side, a multiple of 16; None takes 1024.
     negative_prompt: what guidance leads away from.
     max_sequence_length: tokens of a prompt in its chat template; what is beyond is cut.
     cfg_normalization: at most this many times the conditional half's norm may guidance make of it; 0 for no limit.
@@ -32,6 +32,7 @@ class ZImage(PipelineFamily):
     pipeline_classes = ("ZImagePipeline",)
     lora_targets = tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
     output_layer = "all_final_layer.2-1.linear"
+    patch = 2
 
     def __init__(
         self,
@@ -57,11 +58,8 @@ class ZImage(PipelineFamily):
         return {"text": pad_sequence(rows, batch_first=True), "length": torch.tensor([len(row) for row in rows])}
 
     def grid(self, steps: int) -> Tensor:
-        scheduler = self.pipeline.scheduler
-        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        tokens = self.latent_shape[1] // 2 * (self.latent_shape[2] // 2)
-        mu = calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in names.items()))
-        return flow_grid(scheduler, steps, sigmas=get_default_z_image_sigmas(steps), mu=mu)
+        tokens = self.latent_shape[1] * self.latent_shape[2] // self.patch**2
+        return shifted_grid(self.pipeline.scheduler, steps, tokens, get_default_z_image_sigmas(steps))
 
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         captions = [row[:length] for row, length in zip(condition["text"], condition["length"].tolist(), strict=True)]
