@@ -149,7 +149,7 @@ class PipelineFamily(Family):
         vae = self.pipeline.vae
         pixels = Preprocess((self.size["height"], self.size["width"]), (0.5,) * 3, (0.5,) * 3)(images)  # to [-1, 1]
         # the mean of the latents: no noise that a resumed run would have to repeat
-        return self.scaled(vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float())
+        return self.scaled(vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float())
 
     # --- the stock pipeline --------------------------------------------------------------------------------------------
 

@@ -28,9 +28,8 @@ class FluxKontext(Flux):
         return super().embed(texts, pictures) | own
 
     def fitted(self, picture: Any) -> Tensor:
-        """(1, 3, H, W) in [0, 1] of the drawn picture's size, where the VAE is."""
-        fit = Preprocess((self.size["height"], self.size["width"]), (0.0,) * 3, (1.0,) * 3)
-        return fit(self.opened(picture)[None].to(self.pipeline.vae.device))
+        """(1, 3, H, W) in [0, 1] of the drawn picture's size."""
+        return Preprocess((self.size["height"], self.size["width"]), (0.0,) * 3, (1.0,) * 3)(self.opened(picture)[None])
 
     def shown(self, condition: dict[str, Tensor]) -> list[Tensor]:
         return [tokens(condition["picture"].to(self.denoiser.dtype))]
