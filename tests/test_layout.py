@@ -53,7 +53,7 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "trainers": DATA | MATHEMATICS | TRAINING | {"trainers", "steering"},
     "toybox": {"scoring", "toybox", "schedules", "judges", "questions"},
     "doors": DATA | MATHEMATICS | ACTING | PLUMBING,
-    "demo": DATA | MATHEMATICS | ACTING | PLUMBING | DOORS,
+    "demo": DATA | MATHEMATICS | ACTING | PLUMBING | DOORS | {"toybox"},
 }
 GROUPS = {"data": DATA, "mathematics": MATHEMATICS, "acting": ACTING, "plumbing": PLUMBING, "references": REFERENCES, "doors": DOORS}
 HEIRS = ("families", "trainers")  # a file may build on one other of its folder

@@ -154,7 +154,12 @@ def test_three_uploads_are_ranked(page: Page, scenes: Path) -> None:
     order = page.locator("#ranking header span").all_inner_texts()
     assert order == ["right.png", "blue.png", "one.png"]
     expect(page.locator("#ranking .meter")).to_have_count(9)
-    expect(page.locator("#ranking img")).to_have_count(6), "with dino's map"
+    expect(page.locator("#ranking img")).to_have_count(6)  # with dino's map
+    page.locator("#uploads").get_by_label("Clear").click()
+    page.click("#examples")
+    expect(page.locator("#uploads")).to_contain_text("red and blue")
+    page.click("#score")
+    expect(page.locator("#ranking header span").first).to_have_text("two red.png")
 
 
 def test_a_run_is_opened_and_compared(page: Page) -> None:

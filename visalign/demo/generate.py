@@ -99,7 +99,7 @@ def tab(workshop: Workshop) -> gr.Dropdown:
     given = [prompt, model, method, nfe, count, steps, guidance, seed, group, *fields]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     generate, stop = handlers(workshop)
-    waiting = {"show_progress": "minimal", "show_progress_on": outputs[0]}  # the place in the queue
+    waiting: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": outputs[0]}  # the place in the queue
     run.click(generate, given, outputs, concurrency_limit=PARALLEL, **quiet | waiting)
     cancel.click(stop, None, None, queue=False, **quiet)
     method.change(lambda name: summaries.get(name, ""), method, about, **quiet)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,6 +20,7 @@ from visalign.demo.look import framed, hint, number, over, picture, progress
 from visalign.demo.workshop import Workshop
 from visalign.errors import UserError
 from visalign.scoring import RewardInput
+from visalign.toybox.scenes import Object, render
 
 PARALLEL = 2  # visitors served at once
 SIDE = 320  # pixels of a shown picture, at most
@@ -134,14 +138,29 @@ def tab(workshop: Workshop) -> None:
             files = gr.File(label="Pictures", file_count="multiple", height=190, elem_id="uploads")
             limits = f"Up to {inputs.UPLOADS} pictures of {inputs.MEGABYTES} MB, {', '.join(inputs.FORMATS)}; deleted within the hour."
             gr.Markdown(limits, elem_classes="about")
+            take = gr.Button("Take three examples", size="sm", visible="toybox" in workshop.offered, elem_id="examples")
             prompt = gr.Textbox(EXAMPLE, label="Prompt", info="What they should show.", lines=2, max_length=inputs.PROMPT, elem_id="shows")
             group, fields = inputs.picker(workshop, [name for name in CHOSEN if name in workshop.offered] or list(workshop.offered)[:1])
             run = gr.Button("Score", variant="primary", elem_id="score")
         with gr.Column(scale=3, min_width=360):
             start = hint("No pictures yet", "Upload some, say what they should show, and choose who judges them.")
             output = gr.HTML(start, apply_default_css=False, elem_id="ranking")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    busy: dict[str, Any] = {"show_progress": "minimal"}
+    drawn = examples() if "toybox" in workshop.offered else []
+    take.click(lambda: (drawn, EXAMPLE), None, [files, prompt], **quiet)
     given = [files, prompt, group, *fields]
-    run.click(handler(workshop), given, output, concurrency_limit=PARALLEL, show_progress="hidden", api_visibility="private")
+    run.click(handler(workshop), given, output, concurrency_limit=PARALLEL, **quiet | busy)
+
+
+def examples() -> list[str]:
+    """Files of three scenes: what the example asks for, one of a wrong colour, and one too few; they go when uploads go."""
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+    right, other = Object("circle", "red", 20, 20), Object("circle", "red", 44, 44)
+    shown = {"two red": [right, other], "red and blue": [right, replace(other, colour="blue")], "one red": [right]}
+    for name, objects in shown.items():
+        render(objects).save(folder / f"{name}.png")
+    return [str(folder / f"{name}.png") for name in shown]
 
 
 def handler(workshop: Workshop) -> Callable[..., Iterator[str]]:
