@@ -14,7 +14,10 @@ from tests.conftest import save_tiny_sd3, tiny_dino
 from tests.rewards.conftest import tiny_clip, tiny_detector
 from tests.tiny import flux2
 from tests.tiny.flux import flux, kontext
+from tests.tiny.qwen_image import qwen_image, qwen_image_edit
+from tests.tiny.sana import sana, sana_sprint
 from tests.tiny.sdxl import sdxl
+from tests.tiny.z_image import z_image
 from visalign import check, config
 from visalign.pictures import save
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
@@ -28,6 +31,11 @@ TINY: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # word in a rec
     "flux2_klein": (flux2.klein, ["policy.resolution=32", "policy.options.max_sequence_length=64"]),
     "kontext": (kontext, ["policy.resolution=32", "policy.options.max_sequence_length=12"]),
     "flux": (flux, ["policy.resolution=32", "policy.options.max_sequence_length=12"]),
+    "qwen_image_edit": (qwen_image_edit, ["policy.resolution=64"]),
+    "qwen_image": (qwen_image, ["policy.resolution=32"]),
+    "z_image": (z_image, ["policy.resolution=32", "policy.options.max_sequence_length=40"]),
+    "sana_sprint": (sana_sprint, ["policy.resolution=32"]),
+    "sana": (sana, ["policy.resolution=32"]),
 }
 
 
@@ -69,7 +77,7 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
     if "pickscore" in name:
         clip = tiny_clip(folder / "clip")
         words += [f"rewards.pickscore.checkpoint={clip}", "eval.rewards={jpeg: 1.0}"]
-    if "kontext" in name:
+    if "kontext" in name or "edit" in name:
         words += edits(folder)
     if "geneval" in name:
         clip, detector = tiny_clip(folder / "clip"), tiny_detector(folder / "detector")
