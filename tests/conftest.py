@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,30 @@ import torch
 
 from tests import tiny_models
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # the suite's processes share the machine
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in several processes where xdist is there; named files in one, as every process has to wait for its imports."""
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if whole and not workers and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "worksteal"
+
 
 def save_tiny_sd3(folder: Path) -> Path:
     """A StableDiffusion3Pipeline of the toybox's classes, untrained."""
-    from visalign.toybox.build_sd3 import assemble, small_vae
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    from visalign.toybox.build_sd3 import assemble, small_transformer, small_vae
 
     torch.manual_seed(0)
-    assemble(small_vae()).save_pretrained(folder)
+    pipeline = assemble(small_vae())
+    narrow = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32}
+    pipeline.register_modules(transformer=SD3Transformer2DModel.from_config({**small_transformer().config, **narrow}))
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -18,7 +18,8 @@ from tests.tiny.qwen_image import qwen_image, qwen_image_edit
 from tests.tiny.sana import sana, sana_sprint
 from tests.tiny.sdxl import sdxl
 from tests.tiny.z_image import z_image
-from visalign import check, config
+from visalign import build, check, config, registry
+from visalign.axes import Exploration
 from visalign.pictures import save
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
@@ -36,6 +37,13 @@ TINY: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # word in a rec
     "z_image": (z_image, ["policy.resolution=32", "policy.options.max_sequence_length=40"]),
     "sana_sprint": (sana_sprint, ["policy.resolution=32"]),
     "sana": (sana, ["policy.resolution=32"]),
+}
+SHORT = {  # of 10 to 50 steps, which teach a tiny model nothing more; what a recipe says of single steps has to fit
+    "branch_grpo_sd35_pickscore": ["exploration.branches=[0,2]"],
+    "reward_gradient_sd35_directional": ["trainer.estimate=[0,4]"],
+    "reward_gradient_sd35_hps": ["trainer.depth=[1,4]"],
+    "reward_gradient_sd35_image_reward": ["trainer.estimate=[2,4]"],
+    "tempflow_grpo_sd35_pickscore": ["exploration.range=[0,2]"],
 }
 
 
@@ -70,7 +78,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
     """A packaged recipe with its model and rewards replaced by tiny random ones of the same classes."""
-    words = [f"policy.model={model}", "run.device=cpu", *TINY[model.name][1]]
+    whole = build.completed(config.load(name), registry.load("trainers", config.load(name).trainer.name).defaults)
+    assert Exploration(whole.exploration, whole.policy.steps, 0).plan(1)  # with all its steps
+    words = [
+        f"policy.model={model}",
+        "run.device=cpu",
+        f"policy.steps={min(5, whole.policy.steps)}",
+        *TINY[model.name][1],
+        *SHORT.get(name, []),
+    ]
     if "aesthetic" in name:
         clip, head = tiny_clip(folder / "clip"), tiny_models.aesthetic_head(folder / "head.pth", 16)
         words += [f"rewards.aesthetic={{use: aesthetic, checkpoint: {clip}, head: {head}}}", "eval.rewards={jpeg: 1.0}"]
@@ -83,21 +99,17 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
         clip, detector = tiny_clip(folder / "clip"), tiny_detector(folder / "detector")
         words += [f"rewards.geneval.checkpoint={detector}", f"rewards.geneval.color_checkpoint={clip}", "rewards.geneval.short_side=64"]
         words += ["eval.rewards={jpeg: 1.0}"]
-    if name == "reward_gradient_sd35_hps":
-        words += ["policy.steps=10", "trainer.depth=[1,10]"]  # in half precision the rounding of 50 random steps adds up
     if name.startswith("noise_hypernet"):
         words += [f"rewards={{pickscore: {{use: pickscore, checkpoint: {tiny_clip(folder / 'clip')}}}}}", "eval.rewards={jpeg: 1.0}"]
     if "hps" in name:
         words += [f"rewards.hps.checkpoint={tiny_clip(folder / 'clip')}", "eval.rewards={jpeg: 1.0}"]
     if "directional" in name:
-        words += [f"rewards.directional.of.checkpoint={tiny_clip(folder / 'clip')}", "rewards.directional.pictures=4", "policy.steps=4"]
-        words += ["trainer.estimate=[0,4]", "eval.rewards={jpeg: 1.0}"]
+        words += [f"rewards.directional.of.checkpoint={tiny_clip(folder / 'clip')}", "rewards.directional.pictures=4"]
+        words += ["eval.rewards={jpeg: 1.0}"]
     if "image_reward" in name or name == "mix_grpo_flux_hps":
         words += [f"rewards.image_reward.checkpoint={tiny_models.blip(folder / 'blip')}", "eval.rewards={jpeg: 1.0}"]
     if "distillation" in name:
         words += [f"rewards.diversity.checkpoint={tiny_dino(folder / 'dino')}", "eval.rewards={jpeg: 1.0}"]
-    if name.startswith(("raft", "preference")):
-        words += ["policy.steps=6"]  # of 40, which teach a tiny model nothing more
     if name == "mix_grpo_flux_hps":
         words += [f"rewards.pickscore={{use: pickscore, checkpoint: {folder / 'clip'}}}", "policy.steps=8"]
     if "flux2_dev" in name:

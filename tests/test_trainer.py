@@ -152,7 +152,7 @@ def test_two_processes_give_the_curve_of_one(tiny_sd3: Path, tmp_path: Path, din
     file = tmp_path / "two.yaml"
     file.write_text(json.dumps(two.model_dump(mode="json")))
     script = Path(__file__).parents[1] / "visalign" / "train.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", str(script), str(file)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script), str(file)]
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
