@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from visalign import checkpoint, cli
@@ -289,6 +290,19 @@ def test_check_on_the_toy(toy: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not (toy.parent / "run").exists()
 
 
+def test_check_measures_rewards(toy: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", str(toy), "--rewards", "8"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("ok   reward close ")
+    assert "valid 100%" in line
+    assert "blind to the prompt" in line
+    recipe = yaml.safe_load(toy.read_text()) | {"rewards": {"flat": {"use": "tests.toy_rewards:Flat"}}}
+    toy.write_text(yaml.safe_dump(recipe))
+    assert cli.main(["check", str(toy), "--rewards", "8"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL reward flat "), "constant scores teach nothing"
+    assert "--rewards 1: expected 2 pictures or more" in refused("check", toy, "--rewards", "1")
+
+
 def test_check_fails_where_replay_is_not_exact(toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Toy.forward
     calls = iter(range(10**6))
@@ -310,6 +324,30 @@ def test_evaluate_a_run_and_a_recipe(finished: Path, tmp_path: Path, capsys: pyt
     assert (found["images"], found["guidance"]) == (2, 0)
     assert cli.main(["evaluate", str(finished), "--images", "2", "--reward", "toybox=2"]) == 0
     assert "toybox" in capsys.readouterr().out
+
+
+def test_evaluate_measures_as_the_run_did(toy: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, run = yaml.safe_load(toy.read_text()), toy.parent / "run"
+    recipe["rewards"] = {"kept": {"use": "shaped", "of": {"use": "tests.toy_rewards:Closeness"}, "pictures": 4}}
+    toy.write_text(yaml.safe_dump(recipe))
+    assert cli.main(["evaluate", str(toy), "--images", "2"]) == 0, "the model itself, measured against its own pictures"
+    assert not run.exists()
+    assert cli.main(["train", str(toy)]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--images", "2"]) == 0
+    assert "kept" in capsys.readouterr().out
+    learned = run / "base_rewards.safetensors"
+    known = load_file(learned)
+    with safe_open(learned, "pt") as content:
+        save_file({name: value + 1 if "scores" in name else value for name, value in known.items()}, learned, content.metadata())
+    figures = [run / f"{name}.json" for name in ("moved", "own")]
+    assert cli.main(["evaluate", str(run), "--images", "2", "--out", str(figures[0])]) == 0
+    save_file(known, learned)
+    assert cli.main(["evaluate", str(run), "--images", "2", "--out", str(figures[1])]) == 0
+    moved, own = (json.loads(file.read_text())["eval/kept"] for file in figures)
+    assert moved < own, "held against better pictures"
+    learned.write_bytes(learned.read_bytes()[:100])
+    assert "base_rewards.safetensors can't be read" in refused("evaluate", run, "--images", "2")
 
 
 def test_evaluate_refuses(refused: Refused, finished: Path, tmp_path: Path) -> None:

@@ -33,6 +33,16 @@ class Colour(Reward):
         return RewardOutput.of(self.sign * (batch.images.amax(1) - batch.images.amin(1)).mean((1, 2)))
 
 
+class Named(Reward):
+    """How red a picture is, or how little where the prompt says so."""
+
+    spec = RewardSpec("named")
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        signs = torch.tensor([-1.0 if prompt == "dark" else 1.0 for prompt in batch.prompts])
+        return RewardOutput.of(signs * (batch.images[:, 0].mean((1, 2)) - 0.5))
+
+
 def base() -> RewardInput:
     coarse = torch.rand(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(0.3 + 0.4 * coarse, 40, mode="bicubic").clamp(0, 1)
@@ -53,6 +63,16 @@ def test_measure() -> None:
     assert {name for name, hack in rewards["dull"]["hacks"].items() if not hack["passed"]} == {"grey"}
     assert found["spearman"]["colour"]["dull"] == pytest.approx(-1.0)
     assert found["spearman"]["corner"]["corner"] == pytest.approx(1.0)
+
+
+def test_pictures_are_held_against_other_prompts() -> None:
+    levels = torch.tensor([0.9, 0.8, 0.1, 0.7])  # two bright and two dark ones, the last of them under the wrong prompt
+    images = levels.view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    pairs = RewardInput(images, ["bright", "bright", "dark", "dark"], groups=torch.tensor([3, 3, 8, 8]))
+    found = measure(Panel({"named": (Named(), 1.0), "corner": (Corner(), 1.0)}), pairs, changes=1)["rewards"]
+    assert found["named"]["prompt"] == pytest.approx(0.75)
+    assert found["corner"]["prompt"] is None, "it doesn't read"
+    assert found["corner"]["range"] == pytest.approx(0.8)
 
 
 def test_hacks_are_what_their_names_say() -> None:

@@ -54,3 +54,12 @@ class Slope(Reward):
 
     def score(self, batch: RewardInput) -> RewardOutput:
         return RewardOutput.of(Toy.points(batch.images) @ self.direction)
+
+
+class Flat(Reward):
+    """Finds all pictures equal."""
+
+    spec = RewardSpec("flat")
+
+    def score(self, batch: RewardInput) -> RewardOutput:
+        return RewardOutput.of(torch.full((len(batch),), 0.5))

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from visalign.config import Config
+from visalign.config import Config, RewardSection
 from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.policy import Policy
@@ -23,14 +23,19 @@ from visalign.scoring import Panel, Reward, RewardInput
 
 FILE = "base_rewards.safetensors"
 
+Sections = Mapping[str, RewardSection]
 
-def calibrate(config: Config, policy: Policy, panels: Mapping[str, Panel], prompts: PromptSet, processes: Processes) -> None:
+
+def calibrate(
+    config: Config, policy: Policy, panels: Mapping[str, Panel], prompts: PromptSet, processes: Processes, keep: bool = True
+) -> None:
     """Calibrate every reward that asks for it (`Reward.base_pictures`) before the policy learns anything.
 
     All see the same pictures, of the training prompts and with the noise-free sampler, and on all processes, so that they learn the same.
 
     Args:
         panels: section of the recipe -> its rewards.
+        keep: write down what they learned, in the run folder.
 
     Raises:
         UserError: a reward can't learn from these pictures.
@@ -46,13 +51,30 @@ def calibrate(config: Config, policy: Policy, panels: Mapping[str, Panel], promp
     base = RewardInput(images, drawn.texts, drawn.metadata, groups=drawn.groups)
     for reward in waiting.values():
         reward.calibrate(base)
-    if processes.main:
+    if keep and processes.main:
         state = {f"{name}/{key}": value for name, reward in waiting.items() for key, value in reward.state_dict().items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, file, {"made_for": purpose})
         except OSError as error:
             raise UserError(f"run.path: cannot write {file} ({error.strerror}); choose another folder") from None
+
+
+def restore(judges: Panel, judged: Sections, run: Path, trained: Config) -> None:
+    """Give judges what the rewards of a run that have the same options learned of its model before training; others stay as they are.
+
+    Raises:
+        UserError: what was learned can't be read.
+    """
+    known = {f"eval.rewards/{a}": s for a, s in trained.eval.rewards.items()} | {f"rewards/{a}": s for a, s in trained.rewards.items()}
+    waiting: dict[str, Reward] = {}
+    for alias, reward in judges.rewards.items():
+        section = judged[alias]
+        same = [name for name, other in known.items() if (other.use, other.options) == (section.use, section.options)]
+        if reward.base_pictures and same:
+            waiting[same[0]] = reward
+    if waiting and not _restore(run / FILE, None, waiting):
+        raise UserError(f"{run / FILE} can't be read; `visalign train` on the run's config.yaml measures its rewards anew")
 
 
 def _purpose(config: Config) -> str:
@@ -66,11 +88,11 @@ def _purpose(config: Config) -> str:
     )
 
 
-def _restore(file: Path, purpose: str, waiting: Mapping[str, Reward]) -> bool:
-    """Whether the rewards could go on with what they learned before, for the same purpose."""
+def _restore(file: Path, purpose: str | None, waiting: Mapping[str, Reward]) -> bool:
+    """Whether the rewards could go on with what they learned before, for the same purpose; None: for any."""
     try:
         with safe_open(file, "pt") as content:
-            if (content.metadata() or {}).get("made_for") != purpose:
+            if purpose not in (None, (content.metadata() or {}).get("made_for")):
                 return False
             state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):  # none yet, or cut off by a kill

@@ -16,7 +16,7 @@ from visalign.distributed import Processes
 from visalign.errors import UserError
 from visalign.loop import Job, Session
 from visalign.policy import PRECISIONS, Policy
-from visalign.scoring import RewardSpec
+from visalign.scoring import Panel, RewardSpec
 from visalign.shifted_noise import ShiftedNoise
 from visalign.trainer import Trainer
 
@@ -97,6 +97,22 @@ def session(config: Config, processes: Processes) -> Session:
     rewarding.share(judges, config.eval.rewards, rewards, config.rewards)
     base_pictures.calibrate(config, learner, {"rewards": rewards, "eval.rewards": judges}, train_prompts, processes)
     return Session(config, processes, learner, rewards, judges, train_prompts, test_prompts)
+
+
+def judges(config: Config, sections: dict[str, RewardSection], policy: Policy, processes: Processes, run: Path | None) -> Panel:
+    """The rewards of these sections, to judge what a run has trained as its own rewards know it, or, without one, the model itself.
+
+    Raises:
+        UserError: a reward that can't be loaded, or that has learned nothing.
+    """
+    panel = registry.build_panel(sections, config.policy.model, processes.device, learning=run is not None)
+    if run:
+        rewarding.restore(panel, sections, run, config.rewards)
+        base_pictures.restore(panel, sections, run, config)
+    else:
+        known = prompts.load(config.prompts.train)
+        base_pictures.calibrate(config, policy, {"eval.rewards": panel}, known, processes, keep=False)
+    return panel
 
 
 def completed(config: Config, defaults: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visalign import build, sampling
+from visalign import build, reward_check, sampling
 from visalign.axes import Exploration
 from visalign.config import Config
+from visalign.errors import UserError
 from visalign.noise import gaussian
 from visalign.policy import Family, Policy
 from visalign.rollout import Condition, Prompts, Rollout
@@ -21,6 +22,7 @@ from visalign.scoring import RewardInput
 from visalign.trainer import Trainer
 
 STOCK_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}  # pictures are in [0, 1]; in half precision of the mean, as edges move
+PER_PROMPT = 4  # pictures, where rewards are measured
 REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}  # with several timesteps in one forward; at the rollout's shape it is 0
 
 
@@ -47,8 +49,14 @@ class Subject:
     rollout: Rollout
 
 
-def run(recipe: Config) -> Iterator[Finding]:
-    """Every check in turn, on small batches of the recipe's own model and rewards; the run folder is not touched."""
+def run(recipe: Config, pictures: int | None = None) -> Iterator[Finding]:
+    """Every check in turn, on small batches of the recipe's own model and rewards; the run folder is not touched.
+
+    Args:
+        pictures: on so many, at last, every reward is measured; None: not.
+    """
+    if pictures is not None and pictures < 2:
+        raise UserError(f"--rewards {pictures}: expected 2 pictures or more, such as 64")
     with tempfile.TemporaryDirectory() as folder:
         trainer = build.trainer(small(recipe, Path(folder)))
         subject = Subject(recipe, trainer, collected(trainer))
@@ -57,6 +65,28 @@ def run(recipe: Config) -> Iterator[Finding]:
                 yield Finding(name, True, check(subject))
             except CheckFailedError as failure:
                 yield Finding(name, False, str(failure))
+    if pictures:
+        yield from measured(recipe, pictures)
+
+
+def measured(recipe: Config, count: int) -> Iterator[Finding]:
+    """What each reward can tell apart on about `count` pictures of the recipe's model; one whose scores are constant, fail, or are higher
+    under other prompts fails. The ways of cheating that pay, and the noise that a group's spread stands against, are for the reader."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build.trainer(small(recipe, Path(folder)))
+        section, session = trainer.config.policy, trainer.session
+        prompts = session.train_prompts.draw(max(2, count // PER_PROMPT), PER_PROMPT, recipe.run.seed, 0, balance=recipe.prompts.balance)
+        options = {"steps": section.steps, "seed": recipe.run.seed, "guidance": section.guidance, "batch": recipe.eval.batch}
+        images = sampling.pictures(trainer.policy, prompts, **options)
+        base = RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups)
+        found = reward_check.measure(session.rewards, base)
+    for alias, said in found["rewards"].items():
+        own = said["prompt"]
+        paying = [name for name, hack in said["hacks"].items() if not hack["passed"]]
+        figure = f"valid {said['valid']:.0%}, spread {said['spread']:.3g} in groups, {said['signal']:.2g} times its noise, "
+        figure += "blind to the prompt" if own is None else f"prefers the own prompt in {own:.0%}"
+        figure += f"; pays: {', '.join(paying)}" if paying else ""
+        yield Finding(f"reward {alias}", said["valid"] > 0 and said["range"] > 0 and (own is None or own >= 0.5), figure)
 
 
 def small(config: Config, folder: Path) -> Config:

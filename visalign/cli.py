@@ -25,7 +25,9 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     recipe: dict[str, Any] = {"nargs": "*", "metavar": "[CONFIG] [key.sub=value …]", "help": "a recipe (default: toybox) and overrides"}
     commands.add_parser("train", help="train by a recipe").add_argument("words", **recipe)
-    commands.add_parser("check", help="preflight: is this recipe's training correct?").add_argument("words", **recipe)
+    one = commands.add_parser("check", help="preflight: is this recipe's training correct?")
+    one.add_argument("words", **recipe)
+    one.add_argument("--rewards", type=int, metavar="N", help="also measure every reward on N pictures of the model: 64 are enough")
     one = commands.add_parser("evaluate", help="judge a recipe's base model, or a run")
     one.add_argument("source", help="a recipe or a run folder")
     one.add_argument("--reward", action="append", default=[], metavar="NAME[=WEIGHT]", help="judges (default: the recipe's eval.rewards)")
@@ -139,27 +141,25 @@ def _check(parsed: argparse.Namespace) -> int:
 
     recipe, overrides = split(parsed.words)
     passed = True
-    for finding in check.run(config.load(recipe, overrides)):
+    for finding in check.run(config.load(recipe, overrides), parsed.rewards):
         print(finding, flush=True)
         passed &= finding.passed
     return 0 if passed else 1
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from visalign import build, config, evaluation, prompts, registry, rewarding
-    from visalign.distributed import pick_device
+    from visalign import build, config, evaluation, prompts
+    from visalign.distributed import Processes
 
     if parsed.images is not None and parsed.images < 1:
         raise UserError(f"--images {parsed.images}: expected 1 or more")
     source = Path(parsed.source)
     is_run = (source / "config.yaml").is_file()
     recipe = config.load(source / "config.yaml" if is_run else source)
-    device = pick_device(recipe.run.device)
-    policy = build.restore(source, device) if is_run else build.policy(recipe, device)
+    processes = Processes(recipe.run.device)
+    policy = build.restore(source, processes.device) if is_run else build.policy(recipe, processes.device)
     sections = _rewards(parsed.reward) or recipe.eval.rewards or recipe.rewards
-    judges = registry.build_panel(sections, recipe.policy.model, device, learning=is_run)
-    if is_run:
-        rewarding.restore(judges, sections, source, recipe.rewards)
+    judges = build.judges(recipe, sections, policy, processes, source if is_run else None)
     drawn = prompts.load(recipe.prompts.test).evaluation(parsed.images or recipe.eval.images, recipe.prompts.balance)
     scales = (parsed.guidance, recipe.eval.guidance, recipe.policy.guidance)
     guidance = next(scale for scale in scales if scale is not None)

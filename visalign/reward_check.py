@@ -59,7 +59,9 @@ def measure(panel: Panel, base: RewardInput, changes: int = 6) -> dict[str, Any]
             "valid": share of the pictures that could be scored;
             "noise": root mean square over pictures of the std over a picture and its changed copies: what `credit.noise_floor` wants;
             "repeat": the largest change when the same pictures are scored again, 0 for a deterministic reward;
+            "range": largest less smallest score;
             "spread": mean std within groups, and "signal": spread / noise; below 2, groups teach mostly noise;
+            "prompt": share of pictures that score higher under their own prompt than under the next group's; None where none differs;
             "hacks": name -> {"median": of the hacked pictures' scores, "beats": share of them above the 90 % quantile of the real ones,
                 "passed": whether the median is not above it};
         }, "spearman": alias -> alias -> rank correlation over the pictures that both could score.
@@ -68,6 +70,7 @@ def measure(panel: Panel, base: RewardInput, changes: int = 6) -> dict[str, Any]
     plain, again = panel.score(base), panel.score(base)
     changed = [panel.score(_changed(base, partial(perturbed, number=number))) for number in range(changes)]
     hacked = {name: panel.score(_changed(base, hack)) for name, hack in HACKS.items()}
+    wrong = panel.score(_under_other_prompts(base, base.groups))
     rewards: dict[str, dict[str, Any]] = {}
     for alias, output in plain.outputs.items():
         scores = output.scores
@@ -78,8 +81,10 @@ def measure(panel: Panel, base: RewardInput, changes: int = 6) -> dict[str, Any]
             "valid": output.valid.float().mean().item(),
             "noise": floor,
             "repeat": (again.outputs[alias].scores - scores).abs().nan_to_num(0.0).max().item(),
+            "range": (scores[output.valid].amax() - scores[output.valid].amin()).item() if output.valid.any() else 0.0,
             "spread": within,
             "signal": within / floor if floor else float("inf"),
+            "prompt": _preferred(scores, wrong.outputs[alias].scores),
             "hacks": {name: _loophole(scores, other.outputs[alias].scores) for name, other in hacked.items()},
         }
     table = {alias: output.scores for alias, output in plain.outputs.items()}
@@ -90,6 +95,22 @@ def _changed(base: RewardInput, change: Callable[[Tensor], Tensor]) -> RewardInp
     """With every picture changed, or every frame of its videos."""
     images = base.images
     return replace(base, images=change(images.flatten(0, -4)).unflatten(0, images.shape[:-3]))
+
+
+def _under_other_prompts(base: RewardInput, groups: Tensor) -> RewardInput:
+    """The same pictures, each group as if it were of the next one's prompt."""
+    number = groups.unique(return_inverse=True)[1]
+    firsts = [int((number == k).nonzero()[0]) for k in range(int(number.max()) + 1)]
+    rows = [firsts[(k + 1) % len(firsts)] for k in number.tolist()]
+    return replace(base, prompts=[base.prompts[row] for row in rows], metadata=[base.metadata[row] for row in rows])
+
+
+def _preferred(own: Tensor, other: Tensor) -> float | None:
+    """Share of (N,) finite scores above their others, ties counting half; None where none differs."""
+    both = own.isfinite() & other.isfinite()
+    if not (own != other)[both].any():
+        return None
+    return ((own > other)[both].float() + (own == other)[both].float() / 2).mean().item()
 
 
 def _loophole(real: Tensor, hacked: Tensor) -> dict[str, Any]:
