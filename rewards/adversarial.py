@@ -27,7 +27,7 @@ from visalign.errors import UserError
 from visalign.references import References, resized
 from visalign.replay import Features, Replay
 from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
-from visalign.vision import load_vision_encoder
+from visalign.vision import Pixels, load_vision_encoder
 
 HIDDEN, BATCH = 512, 64  # width of the head; pictures per forward of an update
 
@@ -44,7 +44,8 @@ class Adversarial(Reward):
     of whole pictures, plus `patch_loss` times the same of patches.
 
     Args:
-        checkpoint, resolution: see `visalign.vision.load_vision_encoder`.
+        checkpoint, resolution: see `visalign.vision.load_vision_encoder`; checkpoint "pixels": no encoder but `visalign.vision.Pixels`, for
+            looks (a palette, a ground) that an encoder of meaning ignores; its resolution is 32, at which no fine pattern can pass for one.
         references, count: see `visalign.references.References`.
         loss: which of the two.
         image_weight: λ.
@@ -99,7 +100,7 @@ class Adversarial(Reward):
         self.loss, self.image_weight, self.select, self.patch_loss = loss, image_weight, select, patch_loss
         self.steps, self.every, self.schedule, self.max_accuracy = steps, every, schedule, max_accuracy
         self.r1, self.jitter, self.eight_bits, self.seed = r1, jitter, eight_bits, seed
-        self.encoder = load_vision_encoder(checkpoint, resolution)
+        self.encoder = Pixels(resolution or 32) if checkpoint == "pixels" else load_vision_encoder(checkpoint, resolution)
         self.patches = min(patches, math.prod(self.encoder.grid))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

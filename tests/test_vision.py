@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from visalign.errors import UserError
 from visalign.preprocess import Preprocess
-from visalign.vision import VisionEncoder, load_map_predictor, load_vision_encoder
+from visalign.vision import Pixels, VisionEncoder, load_map_predictor, load_vision_encoder
 
 SIZE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "initializer_range": 0.2}
 NARROW = {"intermediate_size": 32}
@@ -121,3 +121,16 @@ def test_refusals(tmp_path: Path) -> None:
         load_vision_encoder(saved(tmp_path / "bert", bert))
     with pytest.raises(UserError, match="model for depth"):
         load_map_predictor(str(empty), "depth")
+
+
+def test_pixels_are_windows_and_a_thumbnail() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    seen = Pixels().encode(images)
+    assert (tuple(seen.image.shape), tuple(seen.patches.shape), seen.grid) == ((2, 192), (2, 16, 192), (4, 4))
+    window = seen.patches[1, 6].view(3, 8, 8) * 192**0.5  # row 1, column 2
+    torch.testing.assert_close((window + 1) / 2, images[1, :, 8:16, 16:24])
+    flat = Pixels(16).encode(torch.full((1, 3, 64, 64), 0.75))
+    torch.testing.assert_close(flat.patches, torch.full((1, 4, 192), 0.5 / 192**0.5))
+    torch.testing.assert_close(flat.image.norm(), torch.tensor(0.5))
+    with pytest.raises(UserError, match="windows of 8; 20 is no multiple"):
+        Pixels(20)

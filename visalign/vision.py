@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visalign.errors import UserError
 from visalign.features import loading, locate
 from visalign.preprocess import Aspect, Preprocess
 
@@ -102,6 +103,38 @@ class VisionEncoder(FrozenVision):
         count = self.grid[0] * self.grid[1]  # class and register tokens come before the patches
         patches = torch.cat([F.normalize(token[:, -count:].float(), dim=-1) for token in tokens], -1) / len(tokens) ** 0.5
         return VisualFeatures(F.normalize(output.pooler_output.float(), dim=-1), patches, self.grid)
+
+
+class Pixels(nn.Module):
+    """No network, but the look of one: the pixels themselves, for looks that encoders of meaning were taught to ignore.
+
+    A patch is a window of the picture scaled to `resolution`, and the picture itself a thumbnail of the same size. Entries are in ±1/√D:
+    the length of a vector, at most 1, says how far it is from grey.
+
+    Attributes:
+        width: D, 3 · `WINDOW`².
+        grid: (h, w) windows.
+    """
+
+    WINDOW = 8  # pixels per side
+
+    def __init__(self, resolution: int = 32):
+        super().__init__()
+        if resolution < self.WINDOW or resolution % self.WINDOW:
+            raise UserError(f"resolution: pixels are seen in windows of {self.WINDOW}; {resolution} is no multiple of it")
+        self.resolution, self.width = resolution, 3 * self.WINDOW**2
+        self.grid = resolution // self.WINDOW, resolution // self.WINDOW
+
+    def encode(self, images: Tensor) -> VisualFeatures:
+        """(N, 3, H, W) in [0, 1], float32 with gradients to `images`."""
+        centred = (2 * images.float() - 1) / self.width**0.5
+        windows = F.unfold(_squares(centred, self.resolution), self.WINDOW, stride=self.WINDOW).mT
+        return VisualFeatures(_squares(centred, self.WINDOW).flatten(1), windows, self.grid)
+
+
+def _squares(images: Tensor, side: int) -> Tensor:
+    """(N, C, side, side), averaged where they were larger."""
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 class MapPredictor(FrozenVision):

@@ -105,6 +105,25 @@ def test_it_learns_to_tell_them_apart(make: Callable[..., Adversarial], batch: R
     assert not any(p.requires_grad for p in reward.head.parameters())
 
 
+def test_a_head_on_pixels_learns_a_look(batch: RewardInput) -> None:
+    reward = Adversarial("pixels", references="toybox:pastel", count=2, lr=1e-2, steps=20, max_accuracy=None, eight_bits=False)
+    for _ in range(3):
+        last = reward.update(reward.real(batch), batch)
+    assert last["d_accuracy"] > 0.9
+    images = batch.images.clone().requires_grad_()
+    scores = reward.score(replace(batch, images=images))
+    assert scores.dense is not None
+    assert tuple(scores.dense.shape) == (6, 4, 4)
+    (slope,) = torch.autograd.grad(scores.scores.sum(), images)
+    assert (slope.mean((1, 2, 3)) > 0).all(), "towards the lighter ground of the references"
+    direction = 1e-2 * slope / slope.norm()
+    with torch.no_grad():
+        up, down = (reward.score(replace(batch, images=batch.images + sign * direction)).scores.sum() for sign in (1, -1))
+    torch.testing.assert_close((up - down) / 2, (slope * direction).sum(), rtol=1e-2, atol=1e-4)
+    alone = reward.score(batch.take(slice(2, 3)))
+    torch.testing.assert_close(alone.scores, scores.scores[2:3].detach())
+
+
 def test_schedules(make: Callable[..., Adversarial], batch: RewardInput) -> None:
     def updated(reward: Adversarial, real: RewardInput, calls: int) -> list[float]:
         return [reward.update(real, batch)["updated"] for _ in range(calls)]

@@ -39,6 +39,8 @@ STYLES = {  # every colour at least 70/255 from its ground
     "plain": Style(scenes.GROUND),
     "pastel": Style((192, 192, 176), (240, 236, 232), 0.45),
     "night": Style((10, 12, 34), (190, 190, 200), 0.4),
+    "ink": Style(scenes.GROUND, (15, 15, 15), 1.0),  # what the toybox's own decoder, too, can draw: it knows no other ground
+    "chalk": Style(scenes.GROUND, (245, 245, 245), 1.0),
     "sparkle": Style(scenes.GROUND, shapes={"star": "sparkle"}),  # a subject: one star of its own, with four points
 }
 
