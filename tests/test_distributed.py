@@ -50,7 +50,7 @@ def test_sharded_weights_give_the_curve_and_the_checkpoint_of_one_process(tiny_s
     assert rows(tmp_path / "once") == rows(tmp_path / "twice"), "two steps and two are four, to the bit"
     curves = zip(rows(tmp_path / "one"), rows(tmp_path / "once"), strict=True)
     worst = max(abs(a[key] - b[key]) / max(abs(a[key]), 1e-7) for a, b in curves for key in KEYS if key in a)
-    assert worst < 2e-3
+    assert worst < 1e-3
     folders = [tmp_path / name / "checkpoints" / "step_4" for name in ("one", "once", "twice")]
     assert {path.name for path in folders[1].glob("trainable*")} == {f"trainable-0000{n}-of-00002.safetensors" for n in (1, 2)}
     stems = ["trainable", "average"]
@@ -58,7 +58,7 @@ def test_sharded_weights_give_the_curve_and_the_checkpoint_of_one_process(tiny_s
     for stem in stems:
         assert ours[0][stem].keys() == theirs[0][stem].keys()
         assert all(torch.equal(theirs[0][stem][name], resumed[0][stem][name]) for name in theirs[0][stem])
-        assert max(relative(theirs[0][stem][name], value) for name, value in ours[0][stem].items() if value.abs().max() > 1e-4) < 2e-2
+        assert max(relative(theirs[0][stem][name], value) for name, value in ours[0][stem].items() if value.abs().max() > 1e-4) < 1e-3
     moments = [state[1]["state"] for state in (ours, theirs, resumed)]
     assert all(torch.equal(moments[1][n][key], moments[2][n][key]) for n in moments[1] for key in moments[1][n])
     assert {n: v["exp_avg"].shape for n, v in moments[0].items()} == {n: v["exp_avg"].shape for n, v in moments[1].items()}

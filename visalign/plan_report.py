@@ -86,6 +86,8 @@ class Plan:
         for section, key, value in SAVINGS:
             if self.fits(card, recipe=recipe):
                 return recipe, changes
+            if key == "quantise" and self.micro_batch(card, 1, recipe):
+                break  # smaller batches cost less than four bits
             part = getattr(recipe, section)
             learns_all = key in ("dtype", "quantise") and recipe.policy.lora is None  # what learns stays in fp32
             if getattr(part, key) == value or learns_all:

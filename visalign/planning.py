@@ -188,6 +188,7 @@ class Needs:
     copies: float
     storage: float
     rewards: float
+    encoding: float
     rolling: float
     decoding: float
     learning: float
@@ -199,7 +200,7 @@ class Needs:
 
     @property
     def phases(self) -> Mapping[str, float]:
-        return {"rollout": self.rolling, "decoding": self.decoding, "training": self.learning + self.gradients}
+        return {"encoding": self.encoding, "rollout": self.rolling, "decoding": self.decoding, "training": self.learning + self.gradients}
 
     @property
     def peak(self) -> float:
@@ -218,7 +219,8 @@ def needs(subject: Subject, config: Config, gpus: int, micro_batch: int, lines: 
     if section.quantise:
         frozen += subject.quantised * (NF4_BITS / 8 - size)
     casts = subject.frozen * 2 * (section.dtype == "fp32" and section.precision != "fp32")  # which autocast keeps for the backward pass
-    resting = sum(subject.skeleton.encoders.values()) + _numel(subject.policy.family.modules().get("vae"))
+    decoder = _numel(subject.policy.family.modules().get("vae"))
+    resting = sum(subject.skeleton.encoders.values()) + decoder
     own = pictures(settings.options, gpus)
     latent = float(torch.Size(subject.policy.family.latent_shape).numel() * 4)
     each = latent * (subject.count.states + subject.count.predictions) + subject.picture.numel() * 4
@@ -233,8 +235,9 @@ def needs(subject: Subject, config: Config, gpus: int, micro_batch: int, lines: 
         copies=subject.trainable * 4 * (subject.count.copies + (section.ema is not None)),
         storage=own * each + settings.options["prompts"] // gpus * prompt,
         rewards=rewards,
+        encoding=resting * size * section.rest,
         rolling=subject.rolling(micro_batch) * halved + casts,
-        decoding=subject.decoding(micro_batch) * halved + (resting * size if section.rest else 0.0),
+        decoding=subject.decoding(micro_batch) * halved + decoder * size * section.rest,
         learning=lines[section.gradient_checkpointing](batch) * halved + casts,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,5 +71,6 @@ def overwrite(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> N
     """Copy `values` into the parameters; a module that has gathered its sharded weights already must do so again."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-    for forget in {parameter.forget for parameter in parameters if hasattr(parameter, "forget")}:
+    forgetting: set[Any] = {getattr(parameter, "forget", None) for parameter in parameters}
+    for forget in forgetting - {None}:
         forget()
