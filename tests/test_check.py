@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from visalign.scoring import Reward, RewardInput, RewardOutput, RewardSpec
 
 SMALL = ["policy.resolution=64", "policy.options.max_sequence_length=10"]
 TINY: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # word in a recipe's name -> saves a tiny model, and what makes it fit
-    "sd35": (save_tiny_sd3, SMALL),
+    "sd35": (partial(save_tiny_sd3, narrow=True), SMALL),
     "sd15": (tiny_models.sd15, ["policy.resolution=64", "policy.steps=4"]),
     "sdxl": (sdxl, ["policy.resolution=32", "policy.steps=3"]),
     "flux2_dev": (flux2.dev, ["policy.resolution=32", "policy.options.max_sequence_length=40"]),

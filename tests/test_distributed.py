@@ -39,8 +39,7 @@ def test_sharded_weights_give_the_curve_and_the_checkpoint_of_one_process(tiny_s
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "29612",
+        "--standalone",
         str(Path(__file__).with_name("sharded_run.py")),
     ]
     shared = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
