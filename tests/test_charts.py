@@ -77,3 +77,10 @@ def test_bars_start_at_zero() -> None:
     assert heights[1] == pytest.approx(4 * heights[0]) == charts.HEIGHT - charts.BOTTOM - charts.TOP
     assert drawing.count("faint") == 1
     assert "gain, denoising step 2: 4<" in drawing
+
+
+def test_a_titled_chart_tells_its_curves_apart_by_colour() -> None:
+    drawing = charts.chart({"a <b>": [(1.0, 2.0), (9.0, 3.0)], "c": [(1.0, 5.0)]}, width=480, title="loss <x>", unit="at NFE")
+    assert '<div>loss &lt;x&gt;</div><span class="last"><span class="key-a">3</span> <span class="key-b">5</span></span>' in drawing
+    assert "<title>a &lt;b&gt;, at NFE 9: 3</title>" in drawing
+    assert 'viewBox="0 0 480 160"' in drawing

@@ -20,7 +20,7 @@ def chart(curves: Mapping[str, Sequence[Point]], width: int = WIDTH, title: str 
     """One chart of one or two named curves: axes, curves, and a title under every point.
 
     Args:
-        title: what the curves are of, where their names don't say it.
+        title: what the curves are of, where they are told apart elsewhere; their last values stand beside it in their colours.
         unit: of the horizontal axis.
     """
     x = Axis([step for curve in curves.values() for step, _ in curve], LEFT, width - RIGHT, 0.0)
@@ -29,10 +29,11 @@ def chart(curves: Mapping[str, Sequence[Point]], width: int = WIDTH, title: str 
     inner = "".join(_curve(curve, key, colour, x, y, unit) for (key, curve), colour in zip(curves.items(), "ab", strict=False))
     box = (LEFT - 5, 0, width - LEFT + 5, HEIGHT - BOTTOM + 5)  # spikes are cut off here, not drawn over the axis
     window = 'x="{}" y="{}" width="{}" height="{}" viewBox="{} {} {} {}"'.format(*box, *box)
-    colours = ["key-a", "key-b"] if len(curves) > 1 or title else ["key"]
-    names = " ".join(f'<span class="{colour}">{escape(key)}</span>' for key, colour in zip(curves, colours, strict=False))
-    last = "" if len(curves) > 1 else number(next(iter(curves.values()))[-1][1])
-    left, right = (escape(title), names) if title else (names, last)
+    colours = ["key-a", "key-b"] if len(curves) > 1 else ["key"]
+    lasts = [number(curve[-1][1]) for curve in curves.values()]
+    said = [(lasts if title else [escape(key) for key in curves]), colours]
+    names = " ".join(f'<span class="{colour}">{text}</span>' for text, colour in zip(*said, strict=True))
+    left, right = (escape(title), names) if title else (names, "" if len(curves) > 1 else lasts[0])
     return _frame(left, right, title or ", ".join(curves), f"{marks}<svg {window}>{inner}</svg>", width)
 
 

@@ -59,9 +59,8 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     assert found, log.read_text()
     yield Server(found[0], log)
     process.terminate()
-    assert process.wait(30) == 0, "it ends by itself"
-    uploads = re.search(r"visalign-\w+", log.read_text())
-    assert not uploads
+    assert process.wait(60) == 0, "it ends by itself"
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture(scope="module")

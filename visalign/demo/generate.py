@@ -62,7 +62,7 @@ def _table(view: View, judges: Sequence[str]) -> str:
 
 def _curve(view: View) -> str:
     curves = {"best so far": view.best} | ({"candidates": view.mean} if view.mean else {})
-    return chart(curves, WIDE, "reward over network evaluations", "at NFE")
+    return chart(curves, WIDE, unit="at NFE") + '<p class="note">The reward over network evaluations a picture.</p>'
 
 
 # --- the tab -----------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def tab(workshop: Workshop) -> gr.Dropdown:
         with gr.Column(scale=3, min_width=360):
             start = hint("Nothing drawn yet", "Press Generate: first comes the plain picture, then the search for one that scores higher.")
             outputs = [
-                gr.HTML("", apply_default_css=False, elem_id="state"),
+                gr.HTML(progress(""), apply_default_css=False, elem_id="state"),
                 gr.HTML(start, apply_default_css=False, elem_id="stage"),
                 gr.HTML("", apply_default_css=False, elem_id="curve"),
             ]

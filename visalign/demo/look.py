@@ -30,10 +30,11 @@ STYLE = """
 .two span,.one span{display:block;text-align:center;color:var(--faint);font-size:13px;margin-top:4px}
 img{display:block;border-radius:6px;background:var(--rule)}.sharp{image-rendering:pixelated}
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:5px 8px;border-bottom:1px solid var(--rule);overflow-wrap:anywhere}
+th,td{text-align:right;padding:5px 8px;border-bottom:1px solid var(--rule);overflow-wrap:break-word}
 th{color:var(--faint);font-weight:500;font-size:13px}th:first-child,td:first-child{text-align:left}
 h1,h2{font-weight:650}.pair h2{margin-top:20px}.pair .key-b{margin-left:0}
-figure .note{font-size:13px;margin-top:8px}
+figure .note,.chart+.note{font-size:13px;margin-top:8px}
+@media(max-width:560px){th,td{padding:5px 3px}.badge{margin-left:2px;padding:1px 5px}}
 .up{color:var(--good)}.down{color:var(--bad)}.badge{color:var(--faint);font-size:12px;border:1px solid var(--rule);
 border-radius:99px;padding:1px 8px;margin-left:6px;white-space:nowrap}
 .ranking{display:grid;gap:12px;margin-top:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,270px),1fr))}
@@ -48,6 +49,7 @@ border-radius:99px;padding:1px 8px;margin-left:6px;white-space:nowrap}
 CSS = (
     f".visalign{{{report.LIGHT}}}.dark .visalign{{{report.DARK}}}"
     f".visalign{{color:var(--ink);font:15px/1.5 system-ui,sans-serif;{report.PARTS}{STYLE}}}"
+    "#state .wrap{overflow:visible;height:100%}"  # Gradio's word on the queue, else cut off
     ".head h1{margin-bottom:2px}.about p{font-size:13px;opacity:.75}"
 )
 

@@ -87,7 +87,10 @@ class Workshop:
             while (found := self.turn(lambda: next(iterator, None))) is not None:
                 yield found
         finally:
-            self._worker.submit(iterator.close)
+            try:
+                self._worker.submit(iterator.close)
+            except RuntimeError:  # the workshop is closed, and nothing else runs
+                iterator.close()
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
