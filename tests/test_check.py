@@ -18,6 +18,7 @@ from tests.tiny.flux import flux, kontext
 from tests.tiny.qwen_image import qwen_image, qwen_image_edit
 from tests.tiny.sana import sana, sana_sprint
 from tests.tiny.sdxl import sdxl
+from tests.tiny.wan import wan21
 from tests.tiny.z_image import z_image
 from visalign import build, check, config, registry
 from visalign.axes import Exploration
@@ -32,6 +33,7 @@ TINY: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # word in a rec
     "flux2_dev": (flux2.dev, ["policy.resolution=32", "policy.options.max_sequence_length=40"]),
     "flux2_klein": (flux2.klein, ["policy.resolution=32", "policy.options.max_sequence_length=64"]),
     "kontext": (kontext, ["policy.resolution=32", "policy.options.max_sequence_length=12"]),
+    "wan21": (wan21, ["policy.options.max_sequence_length=8", "policy.resolution=16", "policy.steps=3"]),
     "flux": (flux, ["policy.resolution=32", "policy.options.max_sequence_length=12"]),
     "qwen_image_edit": (qwen_image_edit, ["policy.resolution=64"]),
     "qwen_image": (qwen_image, ["policy.resolution=32"]),
@@ -88,6 +90,10 @@ def on_tiny_models(name: str, model: Path, folder: Path) -> config.Config:
         *TINY[model.name][1],
         *SHORT.get(name, []),
     ]
+    if "wan" in name:
+        frames = 1 if name.startswith("dance") else 5
+        words += [f"policy.options.frames={frames}", "rewards={jpeg: {use: segmental, of: {use: jpeg}, segments: 1}}"]
+        return config.load(name, [*words, "eval.rewards={jpeg: {use: segmental, of: {use: jpeg}, segments: 1}}"])
     if "aesthetic" in name:
         clip, head = tiny_clip(folder / "clip"), tiny_models.aesthetic_head(folder / "head.pth", 16)
         words += [f"rewards.aesthetic={{use: aesthetic, checkpoint: {clip}, head: {head}}}", "eval.rewards={jpeg: 1.0}"]

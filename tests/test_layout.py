@@ -26,7 +26,7 @@ DATA = {"rollout"}
 MATHEMATICS = {"paths", "schedules", "transitions", "credit", "losses", "matching", "noise", "calibration", "whiteness"}
 ACTING = {"policy", "sampling", "solvers", "branching", "scoring", "features", "preprocess", "judges", "monitors", "pictures", "heads"}
 ACTING |= {"composite", "perturb", "reward_check", "judge_client", "questions", "weights", "qwen_pixels", "qwen_reader", "vision", "replay"}
-ACTING |= {"snapshots", "backprop", "climbing", "pathwise", "shifted_noise", "pipeline_family"}
+ACTING |= {"snapshots", "backprop", "climbing", "pathwise", "shifted_noise", "pipeline_family", "video_family"}
 ACTING |= {"attention", "frugal", "embeddings"}
 PLUMBING = {"trainer", "config", "overrides", "registry", "prompts", "distributed", "checkpoint", "tracking", "report", "evaluation"}
 PLUMBING |= {"build", "summary", "check", "axes", "explain", "charts", "comparison", "base_pictures", "patience", "rewarding"}
@@ -43,7 +43,18 @@ MAY_IMPORT = {  # group -> what of visalign its files may import, besides each o
     "mathematics": DATA,
     "acting": DATA | MATHEMATICS,
     "plumbing": DATA | MATHEMATICS | ACTING,
-    "families": {"families", "policy", "pipeline_family", "paths", "preprocess", "schedules", "rollout", "sampling", "pictures"},
+    "families": {
+        "families",
+        "policy",
+        "pipeline_family",
+        "video_family",
+        "paths",
+        "preprocess",
+        "schedules",
+        "rollout",
+        "sampling",
+        "pictures",
+    },
     "references": {"pictures", "preprocess", "scoring", "toybox"},
     "rewards": DATA | ACTING_FOR_REWARDS | REFERENCES | {"toybox"},
     "steering": DATA

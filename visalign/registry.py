@@ -33,7 +33,12 @@ TOYBOX_PARTS = {  # what `checkpoint: auto` means on the toybox
     "toybox/dino": ("adversarial", "dino", "diversity"),
     "toybox/vlm": ("listener", "pairwise_winrate", "prompt_echo", "vlm_rating", "vlm_yes"),
 }
-TOYBOX_MODELS = ("toybox/sd3", "toybox/sd15", "toybox/turbo")  # parts that load as policies
+TOYBOX_MODELS: dict[str, dict[str, Any]] = {  # parts that load as policies -> options of their families
+    "toybox/sd3": {"max_sequence_length": 10},
+    "toybox/sd15": {},
+    "toybox/turbo": {"max_sequence_length": 10},
+    "toybox/wan": {"max_sequence_length": 8, "resolution": 64, "frames": 9},
+}
 TOYBOX_CHECKPOINTS = {name: part for part, names in TOYBOX_PARTS.items() for name in names}
 
 
@@ -143,8 +148,7 @@ def load_policy(source: Any = "toybox", family: str | None = None, precision: st
         return Policy(kind.load(source, **checked(kind, options, "policy.options", skip=1)), precision, source)
     path = resolve_model(source)
     kind = load("families", family or _family_of(_pipeline_class(path), source))
-    if source.startswith("toybox") and "max_sequence_length" in inspect.signature(kind).parameters:
-        options = {"max_sequence_length": 10} | options
+    options = TOYBOX_MODELS.get("toybox/sd3" if source == "toybox" else source, {}) | options
     options = checked(kind, options, "policy.options", skip=1)
     try:
         return Policy(kind.load(path, dtype=PRECISIONS[dtype], **options), precision, source)

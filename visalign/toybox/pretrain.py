@@ -21,7 +21,7 @@ from tqdm import tqdm
 from visalign.toybox import scenes
 
 WORK = Path.home() / ".cache" / "visalign" / "pretrain"
-PARTS = ("prompts", "sd3", "sd15", "turbo", "clip", "dino", "judge", "vlm")
+PARTS = ("prompts", "sd3", "sd15", "turbo", "clip", "dino", "judge", "vlm", "wan")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # near the corners of the RGB cube
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction of the first seen from the second
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # of motion, in `moving_scenes`
 SPLIT = 20  # salt of the train/test split: chosen so that every kind has its share
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -93,13 +94,13 @@ def render(
 
 
 def describe(metadata: Metadata) -> str:
-    """The prompt of a record: "two red circles", "a star left of a ring", "a blue cross and a white square"."""
+    """The prompt of a record: "two red circles", "a star left of a ring", "a blue cross and a white square", "a ring moving up"."""
     phrases = []
     for clause in metadata["include"]:
         words = [NUMBERS[clause["count"]], clause.get("color", ""), clause["class"] + ("s" if clause["count"] > 1 else "")]
         phrases.append(" ".join(filter(None, words)).replace("crosss", "crosses"))
     if len(phrases) == 1:
-        return phrases[0]
+        return phrases[0] + (f" moving {metadata['motion']}" if "motion" in metadata else "")
     joint = metadata["include"][0].get("position", ["and"])[0]
     return f"{phrases[0]} {joint} {phrases[1]}"
 
@@ -109,7 +110,7 @@ _GRAMMAR = re.compile(
     _NOUN.format(1, "|".join(COLOURS), "|".join(SHAPES))
     + rf"(?: (?P<joint>and|{'|'.join(RELATIONS)}) "
     + _NOUN.format(2, "|".join(COLOURS), "|".join(SHAPES))
-    + ")?"
+    + rf")?(?: moving (?P<motion>{'|'.join(DIRECTIONS)}))?"
 )
 
 
@@ -126,7 +127,7 @@ def parse(prompt: str) -> Metadata | None:
             include.append(clause | ({"color": match["colour" + k]} if match["colour" + k] else {}))
     if len(include) == 2 and match["joint"] != "and":
         include[0]["position"] = [match["joint"], 1]
-    metadata = {"tag": _tag(include), "include": include}
+    metadata: Metadata = {"tag": _tag(include), "include": include} | ({"motion": match["motion"]} if match["motion"] else {})
     return metadata if readable(metadata) else None
 
 
