@@ -51,12 +51,9 @@ class QwenImage(PipelineFamily):
     # --- conditions ----------------------------------------------------------------------------------------------------
 
     def embed(self, texts: list[str], pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """Token embeddings `text` (U, L, D) and their `mask` (U, L), without columns where no row is padded."""
+        """Token embeddings `text` (U, L, D), padded, and their `length` (U,), on the CPU because every forward reads it."""
         rows = [self.tokens(text, picture) for text, picture in zip(texts, pictures, strict=True)]
-        lengths = torch.tensor([len(row) for row in rows])
-        longest = 0 if (lengths == lengths[0]).all() else int(lengths.max())
-        mask = torch.arange(longest)[None] < lengths[:, None]
-        return {"text": pad_sequence(rows, batch_first=True), "mask": mask.to(rows[0].device)}
+        return {"text": pad_sequence(rows, batch_first=True), "length": torch.tensor([len(row) for row in rows])}
 
     def tokens(self, text: str, picture: Any) -> Tensor:
         """(L, D) of one prompt."""
@@ -71,13 +68,15 @@ class QwenImage(PipelineFamily):
         return shifted_grid(self.pipeline.scheduler, steps, self.latent_shape[1] * self.latent_shape[2] // self.patch**2)
 
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        dtype, mask, images = self.denoiser.dtype, condition["mask"], self.seen(x, condition)
+        dtype, images, length = self.denoiser.dtype, self.seen(x, condition), condition["length"]
+        longest = int(length.max())
+        mask = None if (length == longest).all() else (torch.arange(longest).to(length) < length[:, None]).to(x.device)
         shapes = [(1, image.shape[2] // self.patch, image.shape[3] // self.patch) for image in images]
         found = network(
             hidden_states=torch.cat([self.pack(image.to(dtype)) for image in images], 1),
             timestep=(sigma * 1000).to(dtype) / 1000,  # rounded as the stock pipeline rounds it
-            encoder_hidden_states=condition["text"],
-            encoder_hidden_states_mask=mask if mask.shape[1] else None,
+            encoder_hidden_states=condition["text"][:, :longest],
+            encoder_hidden_states_mask=mask,
             img_shapes=[shapes] * len(x),
             return_dict=False,
         )[0]

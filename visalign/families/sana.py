@@ -76,6 +76,7 @@ class Sana(PipelineFamily):
         super().__init__(pipeline, resolution, negative_prompt, True if self.sprint and step_distilled is None else step_distilled)
         self.path = Trigonometric() if self.sprint else Flow()
         self.scheduler, self.distilled_guidance = first_order(pipeline.scheduler), distilled_guidance
+        self.whole = isinstance(self.scheduler, DPMSolverMultistepScheduler)  # it tells the network whole thousandths
         published = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
         self.prompting = {"max_sequence_length": max_sequence_length, "complex_human_instruction": published if instruct else None}
 
@@ -101,9 +102,7 @@ class Sana(PipelineFamily):
             self.scheduler.set_timesteps(steps, **self._between(steps))
             return self.scheduler.timesteps.cpu()
         sigmas = flow_grid(self.scheduler, steps)
-        if isinstance(
-            self.scheduler, DPMSolverMultistepScheduler
-        ):  # rounding may have lifted σ over an integer that its time fell short of
+        if self.whole:  # rounding may have moved σ over a thousandth, and its time not
             missed = self.scheduler.timesteps.cpu() - (sigmas[:-1].double() * 1000).long()
             sigmas[:-1] = torch.nextafter(sigmas[:-1], sigmas[:-1] + missed)
         return sigmas
@@ -118,8 +117,7 @@ class Sana(PipelineFamily):
         text = {"encoder_hidden_states": condition["text"].to(dtype), "encoder_attention_mask": condition["mask"]}
         if self.sprint:
             return self._student(network, x, sigma, text)
-        whole = isinstance(self.scheduler, DPMSolverMultistepScheduler)
-        time = ((sigma.double() * 1000).long() if whole else sigma * 1000) * self.denoiser.config.timestep_scale
+        time = ((sigma.double() * 1000).long() if self.whole else sigma * 1000) * self.denoiser.config.timestep_scale
         return network(x.to(dtype), timestep=time, return_dict=False, **text)[0][:, : x.shape[1]]  # less a learned variance
 
     def _student(self, network: nn.Module, x: Tensor, angle: Tensor, text: dict[str, Tensor]) -> Tensor:
