@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.steering.conftest import Run
-from tests.toy_rewards import Closeness
+from tests.toy_rewards import Closeness, Slope
 from visalign.findings import Stochastic
 from visalign.scoring import Panel
 from visalign.steering.feynman_kac import Particles, resample, spread
@@ -57,6 +57,19 @@ def test_samples_follow_the_tilted_gaussian(run: Run, options: dict[str, Any]) -
     assert (x.mean(0) - wanted).abs().max() < 4 * error
     assert (x.std(0) - std).abs().max() < 4 * error / 2**0.5
     assert (mean - wanted).abs().max() > 5 * error, "the tilt is larger than the error"
+
+
+def test_a_tilt_along_one_dimension_moves_it_alone(run: Run) -> None:
+    sampler = {"steps": STEPS, "batch": PICTURES * PARTICLES}
+    along = Panel({"along": (Slope((1.0, 0.0)), 1.0)})
+    task, _ = run("feynman_kac", PICTURES, None, along, sampler, particles=PARTICLES, strength=1.0, pick="sample")
+    mean, variance = law_of_the_chain(task)
+    wanted = mean + variance * torch.tensor([1.0, 0.0])  # p(x)·exp(λ·x₀) of a Gaussian shifts the mean by λ·variance
+    assert task.best is not None
+    x, error = task.best.latents, (variance / PICTURES) ** 0.5
+    assert (x.mean(0) - wanted).abs().max() < 4 * error
+    assert (x.std(0) - variance**0.5).abs().max() < 4 * error / 2**0.5
+    assert variance > 5 * error, "the tilt is larger than the error"
 
 
 def test_more_pull_scores_higher(run: Run) -> None:
