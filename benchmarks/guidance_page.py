@@ -26,8 +26,8 @@ or paths they take.
   they don't, it was hacked. **diversity**: mean distance (1 - cosine of DINO features) between the pictures of a prompt.
 - ±: half of the 95 % confidence interval of the mean over seeds (Student's t).
 - **NFE** per returned picture is forwards + 2·backwards. **scored**: pictures that the reward looked at, per returned picture.
-- **seconds** are those of all pictures together. A search whose time is over still finishes the pictures that it has begun first, so methods
-  that carry several paths at once may take longer than they were given.
+- **seconds** are those of all pictures together. A search whose time is over still finishes its first pictures, so methods that carry
+  several paths at once may take longer than they were given.
 - **against best of N**: the difference in strict accuracy, seed by seed, with its interval.
 """
 
