@@ -39,7 +39,7 @@ class SD15(PipelineFamily):
     pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionControlNetPipeline")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     component = "unet"
-    loading: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    loading: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class Toy(Family):
         self.toy = self.network = ToyNetwork(torch.tensor(weights), torch.tensor(means), std, linear(steps))
 
     @classmethod
-    def load(cls, source: str, **options: int) -> Toy:
+    def load(cls, source: str, **options: Any) -> Toy:
         return cls(source.partition(":")[2], **options)
 
     def encode(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Condition:
