@@ -127,6 +127,7 @@ def test_mistakes_are_one_message_and_leave_nothing_in_the_log(
     assert not capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("every")
 def test_cancelling_ends_ones_own_search_alone(workshop: Workshop) -> None:
     draw, stop = generate.handlers(workshop)
     one, other = gr.Request(session_hash="one"), gr.Request(session_hash="other")
