@@ -163,6 +163,8 @@ def page(runs: Sequence[Run]) -> str:
         multiples = sorted({run["multiple"] for run in runs if run["kind"] == kind and run["multiple"] > 1}, reverse=True)
         for multiple in multiples if kind == "seconds" else multiples[:1]:
             parts += [f"## {multiple} times {title}", table(runs, kind, multiple), verdict(runs, kind, multiple)]
+    if any("aligned" in run["name"] for run in runs):
+        parts += ["## Without a search: guidance of the base, an aligned policy, and the hybrid sampler", table(runs, "nfe", 1)]
     parts += ["## Accuracy over budgets", curve(runs)]
     parts += [f"{m} ×: {verdict(runs, 'nfe', m)}" for m in sorted({run["multiple"] for run in runs if run["kind"] == "nfe"}) if m > 1]
     machine = ", ".join(f"{key} {first[key]}" for key in ("device", "threads", "torch", "commit"))
