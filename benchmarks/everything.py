@@ -11,13 +11,15 @@ A NAME is a benchmark's module; without one, all run. Those that write a single 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import condition, distillation, guidance, noise, prdp, reward_runs, subject, toybox
+from benchmarks import condition, distillation, guidance, noise, prdp, reward_runs, subject, toybox, toybox_runs
 from benchmarks.records import RESULTS, markdown
 from visalign import registry
 
@@ -26,6 +28,8 @@ WRAPPED = ("directional(clip_score)", "shaped(dino)", "uncertainty(dino)")
 STRICT = ("strict_flow_grpo", "strict_vgpo")
 ONCE = ("branch_ddim", "mix_ddim")
 CHOSEN = ("toybox", "toybox_mix_grpo_flash")
+ON_ALL = [name for name in toybox.names() if re.search("grpo|vgpo|toybox$", name)]  # by policy gradients
+ON_ONE = [toybox_runs.FLOW, *(name for name in toybox.names() if name not in ON_ALL)]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Job:
         files: that it writes, one per run.
         arguments: of the command.
         resumes: it knows itself which runs are there already.
+        one_core: it runs on one thread.
     """
 
     module: str
@@ -45,6 +50,7 @@ class Job:
     files: Sequence[Path]
     arguments: Sequence[str] = ()
     resumes: bool = True
+    one_core: bool = False
 
     @property
     def missing(self) -> int:
@@ -74,13 +80,14 @@ def jobs() -> list[Job]:
 def toyboxes() -> list[Job]:
     """The commands whose runs are on toybox.md; the last writes its main table."""
 
-    def job(minutes: float, names: Sequence[str], seeds: Sequence[int], *more: str) -> Job:
+    def job(minutes: float, names: Sequence[str], seeds: Sequence[int], *more: str, one_core: bool = False) -> Job:
         paths = [str(toybox.RECIPES / f"{name}.yaml") if (toybox.RECIPES / f"{name}.yaml").exists() else name for name in names]
-        files = [toybox.file_of(name, seed) for name in names for seed in seeds]
-        return Job("toybox", minutes, files, [*paths, "--seeds", ",".join(map(str, seeds)), "--evaluations", "6", *more])
+        files = [toybox.file_of(name, seed, toybox.ONE_CORE if one_core else toybox.FOLDER) for name in names for seed in seeds]
+        arguments = [*paths, "--seeds", ",".join(map(str, seeds)), "--evaluations", "6", *more]
+        return Job("toybox", minutes, files, arguments, one_core=one_core)
 
     found = [job(6, ["dense_grpo_long"], [0], "--seconds", "260"), job(2.6, ONCE, [0]), job(2.6, STRICT, SEEDS)]
-    return [*found, job(2.6, toybox.names(), SEEDS), job(2.6, CHOSEN, FRESH)]
+    return [*found, job(3.5, ON_ONE, SEEDS, one_core=True), job(2.6, ON_ALL, SEEDS), job(2.6, CHOSEN, FRESH)]
 
 
 def left(some: Sequence[Job]) -> str:
@@ -110,7 +117,9 @@ def main() -> int:
         if given.plan:
             return 0
         if job.resumes or job.missing:
-            ended = subprocess.run([sys.executable, "-m", f"benchmarks.{job.module}", *job.arguments], check=False)
+            threads = {"OMP_NUM_THREADS": "1"} if job.one_core else {}
+            command = [sys.executable, "-m", f"benchmarks.{job.module}", *job.arguments]
+            ended = subprocess.run(command, env=os.environ | threads, check=False)
             failed += [] if ended.returncode == 0 else [f"{job.module}: exit code {ended.returncode}"]
     print("\n".join(["Failed:", *failed] if failed else ["All tables are made."]))
     return int(bool(failed))

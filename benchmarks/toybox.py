@@ -4,7 +4,9 @@ Every recipe configs/toybox_NAME.yaml, the default job, and RPO on the toybox's 
 counted. A NAME is one of these, or the path of a recipe. A run takes two minutes and a half of two cores, all of them three hours.
 
 Each run is one file, results/toybox/NAME-SEED.json; one that is there and was made by the same recipe is not run again, so the command
-goes on where it was stopped. From all files that exist it then writes benchmarks/toybox.md and its plot.
+goes on where it was stopped. From all files that exist it then writes benchmarks/toybox.md and its plot. Runs on one thread
+(OMP_NUM_THREADS=1), of which two can go on at once, take fewer steps in their seconds: they are kept and compared apart, in
+results/toybox/one_core.
 
 DenseGRPO's calibration, which can be kept and used again, stands beside the seconds and is not part of them.
 
@@ -40,6 +42,7 @@ from visalign.sampling import pictures
 from visalign.trainer import NonFiniteError, Trainer
 
 FOLDER, RECIPES = records.RESULTS / "toybox", Path(__file__).parent / "recipes"
+ONE_CORE = FOLDER / "one_core"
 LEFT_OUT = ("toybox_full", "toybox_reward_model", "toybox_noise_optimization", "toybox_rpo")  # longer; no policy learns; another task
 SETTINGS = ("policy", "rewards", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # of a recipe, kept with its run
 
@@ -279,16 +282,17 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     given = parser.parse_args()
     chosen = [] if given.only_table else given.names or names()
+    folder = FOLDER if torch.get_num_threads() > 1 else ONE_CORE
     for seed in map(int, given.seeds.split(",")):  # one seed of everything comes first
         for name in chosen:
-            if not given.again and done(name, seed, given.seconds):
+            if not given.again and done(name, seed, given.seconds, folder):
                 print(f"{name}, seed {seed}: done before")
                 continue
-            last = run(name, seed, given.seconds, given.evaluations)
+            last = run(name, seed, given.seconds, given.evaluations, folder)
             first, end = last["curve"][0], last["curve"][-1]
             print(f"{name}, seed {seed}: {last['steps']} steps, strict {first['strict']:.3f} → {end['strict']:.3f} {last['stopped']}")
-            toybox_table.write(FOLDER, given.seconds)
-    toybox_table.write(FOLDER, given.seconds)
+            toybox_table.write(FOLDER, ONE_CORE, given.seconds)
+    toybox_table.write(FOLDER, ONE_CORE, given.seconds)
 
 
 if __name__ == "__main__":

@@ -171,17 +171,33 @@ shows where the difference after equal seconds, paired by seed, exceeds twice it
 """
 
 
-def page(runs: Sequence[Run], seconds: float) -> str:
-    """The whole of toybox.md."""
+def on_one_core(runs: Sequence[Run], seconds: float) -> list[str]:
+    """Parts of the page about runs on a single thread."""
+    runs = [run for run in runs if run["seconds"] == seconds and run["seed"] in CHOSEN_ON]
+    if not runs:
+        return []
+    text = f"Again {seconds:g} s each, but on one thread, with Flow-GRPO beside the others. {made_on(runs)}"
+    gains = ["Raised for sure, by the same tests:", toybox_gains.gains_table(runs)]
+    speeds = ["Seconds to the accuracy with which Flow-GRPO ends there:", toybox_gains.speed_table(runs)]
+    return ["## On one core", text, main_table(runs), *gains, *speeds]
+
+
+def made_on(runs: Sequence[Run]) -> str:
+    """The machines and commits."""
+    found = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}" for r in runs})
+    return "Made on: " + "; ".join(found) + "."
+
+
+def page(runs: Sequence[Run], alone: Sequence[Run], seconds: float) -> str:
+    """The whole of toybox.md, of runs on all cores and of those on one, `alone`."""
     everything = list(runs)
     runs = [run for run in runs if run["seconds"] == seconds and run["name"] not in APART]
     chosen, fresh = ([run for run in runs if (run["seed"] in CHOSEN_ON) == first] for first in (True, False))
     if not chosen:
         return f"# Every algorithm on the toybox\n\nNo run of {seconds:g} s with one of the seeds {CHOSEN_ON} yet.\n"
-    found = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}" for r in runs})
-    parts = [INTRODUCTION.format(seconds=seconds, pictures=runs[0]["pictures"], machine="Made on: " + "; ".join(found) + ".")]
+    parts = [INTRODUCTION.format(seconds=seconds, pictures=runs[0]["pictures"], machine=made_on(runs))]
     parts += [main_table(chosen), "![accuracy, training reward and spread over time](../assets/pictures/toybox_runs.png)"]
-    parts += toybox_gains.section(chosen)
+    parts += toybox_gains.section(chosen) + on_one_core(alone, seconds)
     if fresh:
         parts += ["## Confirmed on new seeds", "What was chosen above, on seeds that had no part in it.", confirmation(fresh)]
     if pairs(everything, DENSE):
@@ -220,10 +236,10 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path)
 
 
-def write(folder: Path, seconds: float, target: Path = PAGE, picture: Path = PLOT) -> None:
-    """toybox.md and the plot."""
+def write(folder: Path, one_core: Path, seconds: float, target: Path = PAGE, picture: Path = PLOT) -> None:
+    """toybox.md and the plot, from the runs in two folders."""
     runs = load(folder)
-    target.write_text(page(runs, seconds), encoding="utf-8")
+    target.write_text(page(runs, load(one_core), seconds), encoding="utf-8")
     shown = [run for run in runs if run["seconds"] == seconds and run["seed"] in CHOSEN_ON and run["steps"] and run["name"] not in APART]
     if shown:
         plot(shown, picture)

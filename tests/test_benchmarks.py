@@ -39,7 +39,7 @@ def test_the_page_says_which_claims_show_and_which_do_not(tmp_path: Path) -> Non
         records.write(tmp_path / f"{one['name']}-{one['seed']}.json", one)
     records.write(tmp_path / "base.json", {"key": {"strict": 0.5}})
     assert toybox_table.load(tmp_path) == sorted(runs, key=lambda one: (one["name"], one["seed"]))
-    text = toybox_table.page(toybox_table.load(tmp_path), 90.0)
+    text = toybox_table.page(toybox_table.load(tmp_path), runs[:2], 90.0)
     flow, dense, value = (row_of(text, f"`{name}") for name in ("flow_grpo (toybox)`", "dense_grpo`", "vgpo`"))
     assert flow[:6] == ["`flow_grpo (toybox)`", "3", "10", "9.00", "7.0 + 0.0 + 2.0", "0.500 → 0.610 ± 0.010"]
     assert flow[-1].startswith("yes: strict +0.110")
@@ -48,6 +48,7 @@ def test_the_page_says_which_claims_show_and_which_do_not(tmp_path: Path) -> Non
     assert dense[8] == "0.606 ± 0.006", "half of its way, where the others end"
     assert text.index("`dense_grpo`") < text.index("`flow_grpo") < text.index("`vgpo`"), "best first"
     assert "mine" not in text, "another budget"
+    assert row_of(text.partition("## On one core")[2], "`flow_grpo")[1] == "2"
     assert row_of(text.partition("## Confirmed")[2], "`dense_grpo`")[1:3] == ["1", "0.500 → 0.800"]
 
 
@@ -111,7 +112,7 @@ def test_seconds_to_flow_grpos_accuracy() -> None:
 
 
 def test_no_run_yet_and_the_plot(tmp_path: Path) -> None:
-    assert "No run" in toybox_table.page([], 90.0)
+    assert "No run" in toybox_table.page([], [], 90.0)
     toybox_table.plot([run("toybox", seed, 0.6) for seed in range(2)], tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 1000
 
@@ -186,7 +187,7 @@ def test_a_run_without_groups_has_no_spread_to_plot(tmp_path: Path) -> None:
     one = run("toybox_reward_gradient", 0, 0.6)
     del one["rows"]["zero_spread/total"]
     toybox_table.plot([one], tmp_path / "runs.png")
-    assert "reward_gradient" in toybox_table.page([one], 90.0)
+    assert "reward_gradient" in toybox_table.page([one], [], 90.0)
 
 
 def test_prdp_on_few_and_on_many_prompts(tmp_path: Path) -> None:
