@@ -1,9 +1,10 @@
 """`python -m benchmarks.reward_model [--pairs 2500] [--steps 300]`: rewards trained on the toybox, by labels, kind and size.
 
-Pairs are drawn once from the toybox's model on its training prompts and scored by the verifier, for which they differ by more than 0.2, and
-by the larger vision-language model; four fifths of the prompts are trained, the rest is held out. Every reward learns from either's labels
-and is held against the verifier: on held-out prompts, on pictures drawn at guidance 4, and on scenes of another renderer with one attribute
-changed in one of the two.
+Pairs of pictures are made once by the toybox's model on its training prompts and scored by the verifier, for which they differ by more
+than 0.2, and by the larger vision-language model; four fifths of the prompts are trained, the rest is held out. Every reward learns from
+either's labels and is held against the verifier: on held-out prompts, on pictures drawn at guidance 4, and on scenes of another renderer
+with one attribute changed in one of the two. The last rows learn from as many pairs of drawn scenes, of which again the verifier prefers
+one, and are held out on such: what is asked there is only to read a scene, not to judge how well it is drawn.
 
 RewardDance (arXiv 2509.08826) finds that a judge's size shows outside its training distribution, and in the spread of its scores.
 Writes results/reward_model.json and reward_model.md; a reward that is there and was trained alike is not trained again.
@@ -40,6 +41,7 @@ MODELS = {  # name -> what differs in the recipe
 LABELS = ("verifier", "vlm")  # aliases of the rewards that label
 WHERE = ("held out", "guidance 4", "other renderer")
 ELSEWHERE = 500  # pairs of every other distribution
+DRAWN = ("vlm_small", "head")  # that learn from drawn scenes too
 
 
 def recipe(folder: Path, changes: dict[str, Any]) -> Config:
@@ -52,7 +54,7 @@ def recipe(folder: Path, changes: dict[str, Any]) -> Config:
 
 
 def distributions(folder: Path, count: int, elsewhere: int, changes: dict[str, Any]) -> dict[str, list[Pair]]:
-    """Pairs to train and hold out, "guidance 4" and "other renderer"."""
+    """Pairs to train and hold out, "guidance 4" and "other renderer"; and others to train and hold out, "drawn"."""
     given = recipe(folder, changes)
     session = build.session(given, Processes(given.run.device))
     draw: Callable[..., list[Pair]] = lambda name, prompts, many, **more: feedback.make(  # noqa: E731
@@ -71,14 +73,15 @@ def distributions(folder: Path, count: int, elsewhere: int, changes: dict[str, A
     return {
         "held out": draw("pairs", session.train_prompts, count, steps=steps),
         "guidance 4": draw("guidance", session.test_prompts, elsewhere, steps=steps, guidance=4.0),
-        "other renderer": rendered(folder / "rendered", elsewhere),
+        "other renderer": rendered(folder / "rendered", elsewhere, test=True),
+        "drawn": rendered(folder / "drawn", count, test=False),
     }
 
 
-def rendered(folder: Path, count: int) -> list[Pair]:
-    """Held-out compositions by the judge's renderer; the worse picture shows another shape, colour, number or relation."""
+def rendered(folder: Path, count: int, *, test: bool) -> list[Pair]:
+    """Compositions by the judge's renderer; the worse picture shows another shape, colour, number or relation."""
     rng, noise, found = random.Random(3), torch.Generator().manual_seed(3), list[Pair]()
-    by_kind = scenes.prompts(test=True)
+    by_kind = scenes.prompts(test)
     while len(found) < count:
         record = rng.choice(by_kind[scenes.KINDS[len(found) % len(scenes.KINDS)]])
         other = scenes.alter(record, rng)[1]
@@ -103,11 +106,11 @@ def relabelled(pairs: Sequence[Pair], judge: str) -> list[Pair]:
 # --- rewards -----------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, label: str, pairs: dict[str, list[Pair]], folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """One reward: before and after on held-out pairs by the verifier's labels, elsewhere, its spread and its cost."""
-    given = recipe(folder / f"{name}-{label}", MODELS[name] | changes)
-    trainer = RewardModel(given, Processes(given.run.device), relabelled(pairs["held out"], label))
-    true = {"held out": relabelled(preferences.split(pairs["held out"], trainer.settings.held_out)[1], "verifier")}
+def train(name: str, label: str, pairs: dict[str, list[Pair]], folder: Path, changes: dict[str, Any], source: str) -> dict[str, Any]:
+    """One reward: before and after on held-out pairs of its source by the verifier's labels, elsewhere, its spread and its cost."""
+    given = recipe(folder / f"{name}-{label}-{source.replace(' ', '_')}", MODELS[name] | changes)
+    trainer = RewardModel(given, Processes(given.run.device), relabelled(pairs[source], label))
+    true = {"held out": relabelled(preferences.split(pairs[source], trainer.settings.held_out)[1], "verifier")}
     true |= {other: relabelled(pairs[other], "verifier") for other in WHERE[1:]}
     before = {where: judged(trainer, rows) for where, rows in true.items()}
     rows = [trainer.step(step) for step in range(1, given.run.steps + 1)]
@@ -115,7 +118,7 @@ def train(name: str, label: str, pairs: dict[str, list[Pair]], folder: Path, cha
         after = {where: judged(trainer, asked) for where, asked in true.items()}
     own = trainer.judge(given.run.steps)
     spent = {"seconds": records.rounded(sum(row["seconds"] for row in rows)), "parameters": sum(p.numel() for p in trainer.parameters)}
-    head = {"name": name, "label": label, "steps": given.run.steps, "pairs": len(trainer.train_pairs)}
+    head = {"name": name, "label": label, "source": source, "steps": given.run.steps, "pairs": len(trainer.train_pairs)}
     return head | {"before": before, "after": after, "own_labels": own["eval/accuracy"], "loss": rows[-1]["loss"]} | spent | describe()
 
 
@@ -133,7 +136,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         [
             f"`{run['name']}`",
             f"{run['parameters'] / 1e3:,.0f}k",
-            run["label"],
+            run["label"] + (", drawn scenes" if run["source"] == "drawn" else ""),
             *(
                 f"{run['before'][at]['accuracy']:.3f} → {run['after'][at]['accuracy']:.3f} ± {run['after'][at]['error']:.3f}"
                 for at in WHERE
@@ -154,15 +157,15 @@ def study(folder: Path, count: int, elsewhere: int, changes: dict[str, Any], fil
     """Every reward by either's labels; writes after each."""
     pairs = distributions(folder, count, elsewhere, changes)
     found: dict[str, dict[str, Any]] = records.read(file) if file.exists() else {}
-    for label in LABELS:
-        for name in MODELS:
-            wanted = {"asked": [count, elsewhere, sorted(map(str, changes.items()))]}
-            if name == label or found.get(f"{name}-{label}", {}).get("asked") == wanted["asked"]:
-                continue  # a judge learns nothing from its own labels
-            found[f"{name}-{label}"] = train(name, label, pairs, folder, changes) | wanted
-            records.write(file, found)
-            sheet.write_text(page(found), encoding="utf-8")
-            print(sheet.read_text(encoding="utf-8").splitlines()[-1])
+    jobs = [(name, label, "held out") for label in LABELS for name in MODELS if name != label]  # a judge learns nothing from its own labels
+    for name, label, source in jobs + [(name, LABELS[0], "drawn") for name in DRAWN]:
+        key, wanted = f"{name}-{label}-{source}", {"asked": [count, elsewhere, sorted(map(str, changes.items()))]}
+        if found.get(key, {}).get("asked") == wanted["asked"]:
+            continue
+        found[key] = train(name, label, pairs, folder, changes, source) | wanted
+        records.write(file, found)
+        sheet.write_text(page(found), encoding="utf-8")
+        print(sheet.read_text(encoding="utf-8").splitlines()[-1])
 
 
 def main() -> None:

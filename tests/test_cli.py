@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -539,3 +540,11 @@ def test_the_script_for_accelerate_launch_is_the_same_command(tmp_path: Path, mo
         runpy.run_path(str(script), run_name="__main__")
     assert (done.value.code, said) == (2, [["train", "mine.yaml", "run.steps=2"]])
     assert str(script.parent) not in sys.path
+
+
+def test_a_reader_that_has_had_enough_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main(["list"]) == 0
