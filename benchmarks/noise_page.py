@@ -67,7 +67,8 @@ def claims(groups: Groups) -> str:
     lines: list[str] = []
     for better, worse, what in (
         ("reno", "none", "ReNO draws better than the plain sampler"),
-        ("reno", "best of n", "ReNO draws better than best-of-N in equal seconds"),
+        ("langevin", "none", "Langevin steps draw better than the plain sampler"),
+        ("langevin", "best of n", "and better than best-of-N in equal seconds"),
         ("hypernoise", "none", "a noise hypernetwork draws better than the plain sampler"),
         ("hypernoise", "direct", "and better than the same rewards on the weights, trained for equal seconds"),
     ):
@@ -77,8 +78,8 @@ def claims(groups: Groups) -> str:
                 one, two = (statistics.fmean(run["judges"][judge] for run in groups[name]) for name in (better, worse))
                 found.append(f"{judge} {one - two:+.3f}: {'yes' if one > two else 'no'}")
             lines.append(f"* {what}? " + "; ".join(found) + ".")
-    if {"none", "reno", "hypernoise"} <= set(groups):
-        lines.append(f"* how much of ReNO's gain does the hypernetwork keep? {kept(groups)}.")
+    if {"none", "langevin", "hypernoise"} <= set(groups):
+        lines.append(f"* how much of their gain does the hypernetwork keep? {kept(groups)}.")
     return "\n".join(lines)
 
 
@@ -87,7 +88,7 @@ def kept(groups: Groups) -> str:
     mean = lambda method, part: statistics.fmean(part(run) for run in groups[method])  # noqa: E731
     said: list[str] = []
     for judge in ("strict", "second_judge"):
-        none, reno, hyper = (mean(method, lambda run, judge=judge: run["judges"][judge]) for method in ("none", "reno", "hypernoise"))
-        said.append(f"{judge} {hyper - none:+.3f} of {reno - none:+.3f}")
+        none, found, hyper = (mean(method, lambda run, judge=judge: run["judges"][judge]) for method in ("none", "langevin", "hypernoise"))
+        said.append(f"{judge} {hyper - none:+.3f} of {found - none:+.3f}")
     times = mean("hypernoise", lambda run: run["seconds"]) / mean("none", lambda run: run["seconds"])
     return f"{'; '.join(said)}; at {times:.1f} times the plain sampler's seconds"

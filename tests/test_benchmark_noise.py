@@ -28,20 +28,20 @@ def result(method: str, seed: int, strict: float, second: float, **more: Any) ->
 
 
 def test_the_page_says_which_claims_show_and_which_do_not(tmp_path: Path) -> None:
-    runs = [result("none", seed, 0.3, 0.4) for seed in range(2)] + [result("reno", seed, 0.5 + 0.02 * seed, 0.38) for seed in range(2)]
+    runs = [result("none", seed, 0.3, 0.4) for seed in range(2)] + [result("langevin", seed, 0.5 + 0.02 * seed, 0.38) for seed in range(2)]
     runs += [result("best of n", 0, 0.45, 0.5, n=33.4), result("hypernoise", 0, 0.4, 0.45, trained_seconds=180.0)]
     for run in runs:
         records.write(tmp_path / "found" / f"{run['name']}-{run['seed']}.json", run)
     noise.write(tmp_path / "found", tmp_path / "noise.md")
     text = (tmp_path / "noise.md").read_text()
-    assert "| reno | 2 | 2.000 ± 0.000 | 0.510 ± 0.014 | 0.380 ± 0.000 | 1.500 | 50.0 + 49.0 | 50.0 |  |" in text
+    assert "| langevin | 2 | 2.000 ± 0.000 | 0.510 ± 0.014 | 0.380 ± 0.000 | 1.500 | 50.0 + 49.0 | 50.0 |  |" in text
     assert "| best of n, n = 33 | 1 |" in text
     assert "| hypernoise | 1 | 2.000 | 0.400 | 0.450 | 1.500 | 50.0 + 49.0 | 50.0 | 180 |" in text
-    assert "* ReNO draws better than the plain sampler? strict +0.210: yes; second_judge -0.020: no." in text
-    assert "* how much of ReNO's gain does the hypernetwork keep? strict +0.100 of +0.210; second_judge +0.050 of -0.020; at 1.0" in text
-    assert "* ReNO draws better than best-of-N in equal seconds? strict +0.060: yes; second_judge -0.120: no." in text
+    assert "* Langevin steps draw better than the plain sampler? strict +0.210: yes; second_judge -0.020: no." in text
+    assert "* how much of their gain does the hypernetwork keep? strict +0.100 of +0.210; second_judge +0.050 of -0.020; at 1.0" in text
+    assert "* and better than best-of-N in equal seconds? strict +0.060: yes; second_judge -0.120: no." in text
     assert "direct" not in text.partition("## ")[2], "no run of it, no line about it"
-    assert "| reno | 0.25 (0 %) |" in text
+    assert "| langevin | 0.25 (0 %) |" in text
 
 
 def test_fresh_noise_is_inside_the_band_and_stretched_noise_is_not() -> None:
