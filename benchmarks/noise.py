@@ -47,7 +47,7 @@ ADAPTER = {"rank": 32, "alpha": 64}
 SEARCHES: dict[str, dict[str, Any]] = {  # method -> how it differs from ReNO
     "reno": {},
     "reno, short steps": {"lr": 1.25, "whiteness": 0.1},  # a noise here is a quarter as long as that of ReNO's generators
-    "langevin": {"method": "langevin", "refresh": 0.05, "temperature": 0.05, "max_grad_norm": 0.5},
+    "langevin": {"method": "langevin", "refresh": 0.05, "temperature": 0.02, "max_grad_norm": 1.0},
     "pairs": {"gradient": "antithetic", "pairs": 2},
 }
 TRAINED = {"hypernoise": "toybox_noise_hypernet", "direct": "toybox_reward_gradient"}  # method -> recipe

@@ -198,7 +198,7 @@ def sd15(folder: Path, **scheduler: Any) -> Path:
     published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False}
     parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(**blocks, **vae, latent_channels=4),
+        vae=AutoencoderKL(**blocks, **vae, latent_channels=4, shift_factor=0.12),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text, **tokens)),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(**blocks, **unet, sample_size=16, cross_attention_dim=16),

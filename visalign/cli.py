@@ -180,7 +180,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _sample(parsed: argparse.Namespace) -> int:
-    from visalign import gallery, prompts
+    from visalign import gallery, overrides, prompts
 
     if bool(parsed.texts) == bool(parsed.prompts):
         raise UserError(
@@ -192,8 +192,8 @@ def _sample(parsed: argparse.Namespace) -> int:
         rewards={name: section.model_dump() for name, section in _rewards(parsed.reward).items()},
         judges={name: section.model_dump() for name, section in _rewards(parsed.judge, "--judge").items()},
         method=parsed.method,
-        options=_pairs(parsed.option, "--option"),
-        budget=_pairs(parsed.budget, "--budget"),
+        options=overrides.pairs(parsed.option, "--option"),
+        budget=overrides.pairs(parsed.budget, "--budget"),
         n=parsed.n,
         steps=parsed.steps,
         guidance=parsed.guidance,
@@ -272,15 +272,6 @@ def _list(parsed: argparse.Namespace) -> int:
             text = config.purpose(name) if kind == "configs" else sources.summary(kind, name)
             print(f"  {name:<28} {text}")
     return 0
-
-
-def _pairs(words: Sequence[str], flag: str) -> dict[str, Any]:
-    """`KEY=VALUE` words, the values read as YAML."""
-    from visalign.overrides import split
-
-    if wrong := [word for word in words if not word.partition("=")[1]]:
-        raise UserError(f"{flag} {wrong[0]!r}: expected KEY=VALUE")
-    return dict(split(word) for word in words)
 
 
 def _rewards(words: Sequence[str], flag: str = "--reward") -> dict[str, Any]:

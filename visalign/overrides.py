@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def split(item: str) -> tuple[str, Any]:
         return key, yaml.load(value, Yaml)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
         raise UserError(f"override {item!r}: {value!r} is not valid YAML") from None
+
+
+def pairs(words: Sequence[str], flag: str) -> dict[str, Any]:
+    """What the `KEY=VALUE` words of an option say."""
+    if wrong := [word for word in words if not word.partition("=")[1]]:
+        raise UserError(f"{flag} {wrong[0]!r}: expected KEY=VALUE")
+    return dict(split(word) for word in words)
 
 
 def put(data: dict[str, Any], key: list[str], value: Any) -> None:

@@ -81,6 +81,14 @@ class SD15(PipelineFamily):
         found = self.pipeline.control_image_processor.preprocess(self.opened(picture)[None], **self.size)
         return found.to(self.pipeline.controlnet.device, self.pipeline.controlnet.dtype)
 
+    # --- latents: the stock pipeline heeds no shift_factor -----------------------------------------------------------------
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        return latents / self.pipeline.vae.config.scaling_factor
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        return latents * self.pipeline.vae.config.scaling_factor
+
     # --- sampling ------------------------------------------------------------------------------------------------------
 
     def grid(self, steps: int) -> Tensor:
