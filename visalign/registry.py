@@ -123,7 +123,7 @@ def resolve_model(source: str) -> str:
         if not asset(source).is_dir():
             if source in TOYBOX_MODELS:
                 make = f"python -m visalign.toybox.pretrain {source.partition('/')[2]} --out {asset('toybox')}"
-                raise UserError(f"{source}: its weights are not here yet; make them, in minutes of a CPU, with `{make}`")
+                raise UserError(f"{source}: its weights are not here yet; make them, in minutes or hours of a CPU, with `{make}`")
             parts = [f"toybox/{p.name}" for p in asset("toybox").iterdir() if p.is_dir()]
             raise UserError(f"no toybox part {source!r}{nearest(source, parts)}")
         return str(asset(source))
