@@ -29,7 +29,7 @@ STRICT = ("strict_flow_grpo", "strict_vgpo")
 ONCE = ("branch_ddim", "mix_ddim")
 CHOSEN = ("toybox", "toybox_mix_grpo_flash")
 ON_ALL = [name for name in toybox.names() if re.search("grpo|vgpo|toybox$", name)]  # by policy gradients
-ON_ONE = [toybox_runs.FLOW, *(name for name in toybox.names() if name not in ON_ALL)]
+ON_ONE = [toybox_runs.FLOW, *(name for name in toybox.names() if name not in ON_ALL), "raft_unselected"]
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ CLAIMS = {
     "toybox_awm": Claim("up to 24 times Flow-GRPO's speed at its GenEval", FLOW),
     "toybox_reward_difference": Claim("as good as DDPO on 45 prompts, HPSv2 0.347 against 0.340; stable on 100,000", FLOW),
     "toybox_raft": Claim("the best of K pictures, learnt from, raise the reward and other metrics of Stable Diffusion"),
+    "raft_unselected": Claim("(not a method: RAFT that keeps all of its pictures, to tell what its reward adds)"),
     "toybox_refl": Claim("58.4 % of its pictures preferred over Stable Diffusion 1.4's"),
     "toybox_reward_gradient": Claim("DRaFT: more reward than policy gradients, in a fraction of their steps", FLOW),
     "toybox_preference": Claim("Diffusion-DPO: preferred over SDXL by most raters, from pairs alone"),
