@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.families.conformance import TEXTS, Conformance
-from tests.tiny.qwen_image import qwen_image_edit
+from tests.tiny.qwen_image import qwen_image_edit, qwen_image_edit_plus
 from visalign.errors import UserError
 from visalign.pictures import to_image
 from visalign.policy import Policy
@@ -50,3 +50,10 @@ class TestQwenImageEdit(Conformance):
             policies[0].family.encode(TEXTS[:2], [{"condition": wide}, {"condition": high}])
         with pytest.raises(UserError, match="prompt 'two red circles' has no picture"):
             policies[0].family.encode(TEXTS[:1])
+
+
+class TestQwenImageEditPlus(TestQwenImageEdit):
+    """Qwen-Image-Edit-2509, whose text encoder sees a smaller picture, and more of the prompt."""
+
+    build = staticmethod(qwen_image_edit_plus)
+    guidances = (4.0,)

@@ -53,15 +53,20 @@ def qwen_image(folder: Path, **scheduler: Any) -> Path:
     return folder
 
 
-def qwen_image_edit(folder: Path, **scheduler: Any) -> Path:
+def qwen_image_edit(folder: Path, name: str = "QwenImageEditPipeline", **scheduler: Any) -> Path:
     """A QwenImageEditPipeline with 32 pixels a latent: it scales every given picture to a million pixels."""
-    from diffusers import QwenImageEditPipeline
+    import diffusers
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-    pipeline: Any = QwenImageEditPipeline(**parts(5, **scheduler), **dict.fromkeys(("text_encoder", "tokenizer", "processor")))
+    pipeline: Any = getattr(diffusers, name)(**parts(5, **scheduler), **dict.fromkeys(("text_encoder", "tokenizer", "processor")))
     tokenizer = qwen_tokenizer([pipeline.prompt_template_encode])
     pixels = {"patch_size": PATCH, "merge_size": 2}
     processor = Qwen2VLProcessor(Qwen2VLImageProcessor(**pixels), tokenizer, Qwen2VLVideoProcessor(**pixels))
     pipeline.register_modules(tokenizer=tokenizer, text_encoder=qwen_vision(tokenizer), processor=processor)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def qwen_image_edit_plus(folder: Path, **scheduler: Any) -> Path:
+    """A QwenImageEditPlusPipeline, alike."""
+    return qwen_image_edit(folder, "QwenImageEditPlusPipeline", **scheduler)
