@@ -5,7 +5,7 @@ than as many seconds of best-of-N. HyperNoise's (arXiv 2508.09968): a network le
 on the generator's weights (`direct`) are hacked. All with the same rewards, prompts and first noises; the verifier and the second judge
 are no part of what is optimised. Of the noise it says how far it is from fresh noise, of which 1 % lies outside the bands.
 
-Two hours on two cores. One file per run, results/noise/POLICY-STEPS-METHOD-SEED.json; one that is there and was made alike is
+An hour and a half of one core. One file per run, results/noise/POLICY-STEPS-METHOD-SEED.json; one that is there and was made alike is
 not made again. From all files of a policy it writes benchmarks/noise.md.
 """
 
