@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "uncertainty": {"of": CLIP},
 }
 TOO_LARGE = ("hps3",)
+WEIGHTS = {"ocr": "its engine's", "preference": "random, on the toybox's encoder"}  # where they aren't the toybox's or of full size
 FEW, ONCE = 4, 1  # pictures and rounds of rewards in full size
 ASKED: dict[str, dict[str, Any]] = {  # what rewards want to be asked that don't know the toybox's world
     "geneval": {"metadata": {"include": [{"class": "cat", "count": 1, "color": "red"}]}},
@@ -95,7 +96,9 @@ def measure(name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reward_speed", description="Pictures per second of every reward.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="rewards (default: all but the largest)")
-    names = parser.parse_args().names or [name for name in registry.names("rewards") if name not in TOO_LARGE]
+    parser.add_argument("--only-table", action="store_true", help="measure nothing")
+    given = parser.parse_args()
+    names = [] if given.only_table else given.names or [name for name in registry.names("rewards") if name not in TOO_LARGE]
     found: dict[str, dict[str, Any]] = records.read(FILE)["rewards"] if FILE.exists() else {}
     for name in names:
         found[name] = {key: records.rounded(value) for key, value in measure(name).items()} | describe()
@@ -103,7 +106,7 @@ def main() -> None:
         records.write(FILE, {"rewards": dict(sorted(found.items()))})
     rows: list[list[str]] = []
     for name, value in sorted(found.items()):
-        weights = "random, published size" if name in full_size.BUILDERS else "toybox"
+        weights = WEIGHTS.get(name, "random, published size" if name in full_size.BUILDERS else "toybox")
         machine = f"{value['threads']} threads, torch {value['torch']}, {value['commit']}"
         rows.append([f"`{name}`", weights, f"{value['one']:.3g}", f"{value['batched']:.4g}", f"{value['size']:g}", machine])
     table = records.markdown(["reward", "weights", "one at a time (groups: two)", "in batches", "of", "made on"], rows)
