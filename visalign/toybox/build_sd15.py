@@ -36,6 +36,7 @@ MEASURED = ((10, 1.0), (10, 3.0), (20, 1.0), (20, 3.0))
 def build(out: Path, work: Path, device: torch.device) -> None:
     """Train what isn't trained yet, save the pipeline to `out`/sd15 with its measured quality."""
     vae: Any = AutoencoderKL.from_pretrained(out / "sd3", subfolder="vae")
+    vae.register_to_config(_name_or_path="")  # or a path of this machine is saved with it
     pictures = draw(PICTURES, seed=1)
     latents = encode(vae.to(device), pictures, work / "latents.safetensors", device) * vae.config.scaling_factor
     pipeline: Any = assemble(vae)
