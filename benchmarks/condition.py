@@ -1,4 +1,4 @@
-"""`python -m benchmarks.condition [--seconds 90] [--seeds 0,1,2] [--only-table]`: Ctrl-U with a reward that errs.
+"""`python -m benchmarks.condition [--steps 30] [--seeds 0,1,2] [--only-table]`: Ctrl-U with a reward that errs.
 
 Ctrl-U (arXiv 2410.11236) trains a generator to keep to a condition by a reward model that reads the condition back out of a picture, and
 gives less weight to places where the model reads two generations of one sample differently. Here scenes are noised, recovered at once, and
@@ -6,10 +6,10 @@ held to their own map of colours (configs/toybox_ctrl_u.yaml). The reward errs: 
 halves every contrast to the ground, and asks for colours beyond the right ones. Which pictures is a function of their bytes, so that it
 errs on two generations of a sample apart, which is what their disagreement can show; an error that both share would pass.
 
-Compared for equal seconds, with the clean reward and with the one that errs: no weighting, which needs one generation of a sample and so
-takes more steps; Ctrl-U's, place by place; and a weight of the whole picture by its disagreement. Held-out scenes are noised to four levels
-and recovered: `agreement` is that of the clean map, which can't tell a right colour from one beyond it, `closeness`
-that of the objects' colours themselves. The verifier and the second judge say what became of pictures drawn from noise.
+Compared after equal steps, with the clean reward and with the one that errs: no weighting, which needs one generation of a sample, not
+two; Ctrl-U's, place by place; and a weight of the whole picture by its disagreement. Held-out scenes are noised to four levels and
+recovered: `agreement` is that of the clean map, which can't tell a right colour from one beyond it, `closeness` that of the objects'
+colours themselves. The verifier and the second judge say what became of pictures drawn from noise.
 
 Forty minutes on two cores. One JSON per run under results/condition; one that is there and was made by the same recipe is not made again.
 From all that exist it writes benchmarks/condition.md, and pictures of seed 0.
@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import random
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import records, toybox
+from benchmarks.machine import describe
 from benchmarks.records import markdown, mean_and_std
 from benchmarks.toybox_gains import over_seeds
 from benchmarks.toybox_runs import Run, by_name, change, load
+from visalign import build
 from visalign.noise import gaussian
 from visalign.paths import mix
 from visalign.rewards.condition import Condition
@@ -45,7 +48,7 @@ from visalign.trainers.reward_gradient import RewardGradient
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE, PICTURES = records.RESULTS / "condition", ROOT / "benchmarks" / "condition.md", ROOT / "assets" / "pictures" / "condition"
 RECIPE = "toybox_ctrl_u"
-SCENES, LEVELS = 128, (4, 8, 12, 16)  # held out; steps of the recipe's grid from which they are recovered
+SCENES, LEVELS = 128, (12, 14, 16, 18)  # held out; steps of the recipe's grid from which they are recovered
 SHOWN = slice(0, 6)
 INK = 0.1  # difference from the ground from which on a scene's pixel is an object's
 KEYS = ("agreement", "closeness", "strict", "second_judge")
@@ -135,6 +138,30 @@ def portrait(trainer: Trainer) -> Tensor:
     return recovered(trainer, trainer.examiner.prompts.take(SHOWN), LEVELS[0])[1]
 
 
+def key(seed: int, read: str, weighted: str, steps: int) -> str:
+    """Equal for runs that would be the same."""
+    return toybox.digest([toybox.fingerprint(toybox.load(RECIPE, seed, overrides(read, weighted)), 0.0), steps, SCENES, LEVELS])
+
+
+def run(seed: int, read: str, weighted: str, steps: int, picture: Path | None = None) -> Run:
+    """Train one case with one seed; what the judges said before and after, and where pictures of both go."""
+    recipe = toybox.load(RECIPE, seed, overrides(read, weighted))
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build.trainer(recipe.model_copy(update={"run": recipe.run.model_copy(update={"path": Path(scratch) / "run"})}))
+        before, shown = toybox.base(trainer, FOLDER, judge), portrait(trainer)
+        toybox.fit_decay(trainer, steps)
+        ledger = toybox.Ledger()
+        for step in range(1, steps + 1):
+            with ledger.spending(trainer):
+                trainer.step(step)
+        curve = [toybox.Ledger().point(0, before.figures), ledger.point(steps, judge(trainer).figures)]
+        if picture:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            toybox.before_after(shown, portrait(trainer), trainer.examiner.prompts.texts[: len(shown)]).save(picture)
+    head = {"name": f"{read}_{weighted}", "seed": seed, "recipe": key(seed, read, weighted, steps), "steps": steps}
+    return head | {"pictures": recipe.eval.images} | describe() | {"curve": curve}
+
+
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
@@ -144,10 +171,10 @@ def table(runs: Sequence[Run]) -> str:
     for read, weighted in CASES:
         some = groups.get(f"{read}_{weighted}")
         if some:
-            steps = f"{statistics.fmean(run['steps'] for run in some):.0f}"
+            seconds = f"{statistics.fmean(run['curve'][-1]['seconds'] for run in some):.0f}"
             figures = [change(some, key) for key in (*KEYS, "diversity")]
-            rows.append([f"`{read}`", weighted, str(len(some)), steps, *figures])
-    return markdown(["reward", "weighting", "seeds", "steps", *(key.replace("_", " ") for key in KEYS), "diversity"], rows)
+            rows.append([f"`{read}`", weighted, str(len(some)), seconds, *figures])
+    return markdown(["reward", "weighting", "seeds", "seconds", *(key.replace("_", " ") for key in KEYS), "diversity"], rows)
 
 
 def verdict(runs: Sequence[Run], better: tuple[str, str], worse: tuple[str, str], key: str) -> str:
@@ -162,7 +189,6 @@ def verdict(runs: Sequence[Run], better: tuple[str, str], worse: tuple[str, str]
 def page(runs: Sequence[Run]) -> str:
     """condition.md."""
     machine = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}" for r in runs})
-    seconds = ", ".join(sorted({f"{run['seconds']:g}" for run in runs}))
     asked = {
         "what the errors cost: clean less erring, no weighting": (CASES[0], CASES[2]),
         "what weighting places is worth with the reward that errs": (CASES[3], CASES[2]),
@@ -175,7 +201,7 @@ def page(runs: Sequence[Run]) -> str:
         "# Ctrl-U with a reward that errs",
         "Written by `python -m benchmarks.condition`; don't edit.",
         (__doc__ or "").split("\n\n", 1)[1].split("\n\nForty minutes")[0],
-        f"Runs of {seconds} s of training from the same base, {runs[0]['pictures']} held-out prompts; agreement is the mean soft "
+        f"Runs of {runs[0]['steps']} steps from the same base, {runs[0]['pictures']} held-out prompts; agreement is the mean soft "
         f"intersection over union of {SCENES} scenes at {len(LEVELS)} levels. Before → after, mean ± std over seeds.",
         table(runs),
         "Differences at the end, paired by seed, mean ± std, with p of a one-sided t-test over seeds:",
@@ -197,21 +223,21 @@ def write(folder: Path = FOLDER, target: Path = PAGE) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.condition", description="Ctrl-U with a reward that errs.")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of training, for each run")
+    parser.add_argument("--steps", type=int, default=30, help="of training, for each run")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     given = parser.parse_args()
     for seed in [] if given.only_table else map(int, given.seeds.split(",")):  # one seed of everything comes first
         for read, weighted in CASES:
-            name, changes = f"{read}_{weighted}", overrides(read, weighted)
-            if toybox.done(RECIPE, seed, given.seconds, FOLDER, name, changes):
-                print(f"{name}, seed {seed}: done before")
+            file = FOLDER / f"{read}_{weighted}-{seed}.json"
+            if file.exists() and records.read(file)["recipe"] == key(seed, read, weighted, given.steps):
+                print(f"{file.stem}: done before")
                 continue
-            options: dict[str, Any] = {"judge": judge, "portrait": portrait, "alias": name, "overrides": changes}
-            picture = PICTURES / f"{name}.png" if seed == 0 and read == "erring" and weighted != "pictures" else None
-            last = toybox.run(RECIPE, seed, given.seconds, 2, FOLDER, picture=picture, **options)
-            before, after = (last["curve"][n]["agreement"] for n in (0, -1))
-            print(f"{name}, seed {seed}: {last['steps']} steps, agreement {before:.3f} → {after:.3f} {last['stopped']}", flush=True)
+            picture = PICTURES / f"{read}_{weighted}.png" if seed == 0 and read == "erring" and weighted != "pictures" else None
+            found = run(seed, read, weighted, given.steps, picture)
+            records.write(file, found)
+            said = (f"{name} {found['curve'][0][name]:.3f} → {found['curve'][-1][name]:.3f}" for name in ("agreement", "closeness"))
+            print(f"{file.stem}: {', '.join(said)}", flush=True)
             write()
     write()
 

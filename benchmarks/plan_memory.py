@@ -23,13 +23,13 @@ from visalign.planning import GB
 BRIGHT = "{bright: {use: 'visalign.dry_run:Brightness'}}"
 PLAIN = [f"rewards={BRIGHT}", f"eval.rewards={BRIGHT}", "eval.images=2", "eval.scan=[]", "policy.ema=0.9"]
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+STACKED = ["trainer.micro_batch=96", "exploration={kind: all}", "trainer.stacked_timesteps=5"]  # so that training takes more than decoding
+ADAPTER = ["policy.train=[]", "policy.lora={rank: 32, alpha: 64}"]
 CASES = {  # name -> recipe and overrides
-    "adapter": ("toybox", ["trainer.micro_batch=96", "policy.train=[]", "policy.lora={rank: 32, alpha: 64}"]),
-    "adapter, checkpointing": (
-        "toybox",
-        ["trainer.micro_batch=96", "policy.train=[]", "policy.lora={rank: 32, alpha: 64}", "policy.gradient_checkpointing=true"],
-    ),
-    "all weights": ("toybox", ["trainer.micro_batch=48", "policy.train=[]"]),
+    "adapter": ("toybox", [*STACKED, *ADAPTER]),
+    "adapter, checkpointing": ("toybox", [*STACKED, *ADAPTER, "policy.gradient_checkpointing=true"]),
+    "all weights": ("toybox", [*STACKED, "policy.train=[]", "policy.lora=null"]),
+    "all weights, checkpointing": ("toybox", [*STACKED, "policy.train=[]", "policy.lora=null", "policy.gradient_checkpointing=true"]),
     "forward process": ("toybox_nft", ["trainer.micro_batch=96"]),
 }
 

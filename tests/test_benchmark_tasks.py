@@ -122,7 +122,7 @@ def test_the_page_of_a_condition(tmp_path: Path) -> None:
             records.write(tmp_path / f"{name}-{seed}.json", one(name, seed, end))
     condition.write(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert row_of(text, "`erring` | places")[2:5] == ["3", "10", "0.500 → 0.710 ± 0.010"]
+    assert row_of(text, "`erring` | places")[2:5] == ["3", "90", "0.500 → 0.710 ± 0.010"]
     assert row_of(text, "what weighting places is worth with the reward that errs")[1] == "0.110 ± 0.010, p = 0.001"
     assert row_of(text, "what weighting pictures is worth there")[1] == "not known: 0 seeds of both"
     assert "nan" not in text

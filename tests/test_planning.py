@@ -58,6 +58,8 @@ def test_forwards_are_counted_by_the_algorithm(tiny_sd3: Path) -> None:
     count = dry_run.counted(recipe(tiny_sd3, guidance=3.0))
     assert (count.nfe, count.nfe_credit, count.nfe_train, count.nfe_backward) == (8, 0, 4, 2)
     assert (count.states, count.predictions, count.copies) == (4, 0, 0)
+    moved = dry_run.counted(config.load("toybox_noise_hypernet"))
+    assert (moved.nfe_train, moved.states) == (1, 3), "an adapter is asked once, where there is a place for one"
     old = config.load("toybox_nft", {"trainer.prompts": 1, "policy.guidance": 2.0})
     assert (dry_run.counted(old).copies, dry_run.counted(old).nfe) == (1, 10)
 
@@ -78,12 +80,30 @@ def test_a_skeleton_has_the_shapes_of_the_model(tiny_sd3: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "weights"),
-    [("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964), ("stabilityai/stable-diffusion-3.5-medium", 2.24e9)],
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964),
+        ("stabilityai/stable-diffusion-3.5-medium", 2.24e9),
+        ("black-forest-labs/FLUX.2-klein-base-4B", 3.88e9),
+        ("Tongyi-MAI/Z-Image", 6.15e9),
+        ("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", 1.60e9),
+    ],
 )
 def test_known_models_have_their_published_size(model: str, weights: float) -> None:
     found = skeletons.skeleton(config.parse({"policy": {"model": model}}).policy)
     assert sum(p.numel() for p in found.policy.family.network.parameters()) == pytest.approx(weights, rel=5e-3)
     assert "published configuration" in found.source
+
+
+def test_the_model_of_every_published_recipe_is_known() -> None:
+    published = [config.load(name).policy.model for name in config.packaged() if not name.startswith("toybox")]
+    assert set(published) <= skeletons.known().keys()
+
+
+def test_what_is_read_at_every_forward_has_a_value() -> None:
+    found = skeletons.skeleton(config.parse({"policy": {"model": "Tongyi-MAI/Z-Image"}}).policy).condition
+    assert found.tensors["length"].tolist() == [512] and found.tensors["text"].device == META
+    edited = skeletons.skeleton(config.parse({"policy": {"model": "black-forest-labs/FLUX.1-Kontext-dev", "resolution": 512}}).policy)
+    assert edited.condition.tensors["picture"].shape[1:] == edited.policy.family.latent_shape == (16, 64, 64)
 
 
 def test_what_cannot_be_planned_is_one_line(tiny_sd3: Path) -> None:

@@ -106,9 +106,16 @@ def of_known(section: PolicySection, options: dict[str, Any], place: torch.devic
         with place if _is_module(made) else torch.device("cpu"):
             parts[name] = made(**settings)
     policy = _policy(section, record["pipeline"], parts, options)
-    rows = {name: torch.zeros(1, *shape, device=place) for name, shape in record["condition"].items()}
+    rows = {name: _row(value, policy.family.latent_shape, place) for name, value in record["condition"].items()}
     condition = Condition(torch.zeros(1, dtype=torch.int64), rows, rows if record["guided"] else None)
     return Skeleton(policy, condition, record["encoders"], f"the published configuration of {record['id']}")
+
+
+def _row(value: Any, latent_shape: tuple[int, ...], place: torch.device) -> torch.Tensor:
+    """A prompt's row of a known model's condition: of a shape, of the "latent"'s, or a number, which is read at every forward."""
+    if isinstance(value, int):
+        return torch.tensor([value])
+    return torch.zeros(1, *(latent_shape if value == "latent" else value), device=place)
 
 
 def _policy(section: PolicySection, pipeline: str, parts: dict[str, Any], options: dict[str, Any]) -> Policy:

@@ -76,7 +76,7 @@ class Flux2(PipelineFamily):
             hidden_states=x.to(dtype).flatten(2).transpose(1, 2),
             timestep=(sigma * 1000).to(dtype) / 1000,  # rounded as the pipeline rounds it
             guidance=torch.full_like(sigma, self.distilled_guidance) if self.denoiser.config.guidance_embeds else None,
-            encoder_hidden_states=text,
+            encoder_hidden_states=text.to(dtype),
             txt_ids=torch.cartesian_prod(one, one, one, words).expand(len(x), -1, -1),  # time, row, column, word
             img_ids=torch.cartesian_prod(one, rows, columns, one).expand(len(x), -1, -1),
             return_dict=False,
