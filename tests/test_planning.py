@@ -101,7 +101,8 @@ def test_the_model_of_every_published_recipe_is_known() -> None:
 
 def test_what_is_read_at_every_forward_has_a_value() -> None:
     found = skeletons.skeleton(config.parse({"policy": {"model": "Tongyi-MAI/Z-Image"}}).policy).condition
-    assert found.tensors["length"].tolist() == [512] and found.tensors["text"].device == META
+    assert found.tensors["length"].tolist() == [512]
+    assert found.tensors["text"].device == META
     edited = skeletons.skeleton(config.parse({"policy": {"model": "black-forest-labs/FLUX.1-Kontext-dev", "resolution": 512}}).policy)
     assert edited.condition.tensors["picture"].shape[1:] == edited.policy.family.latent_shape == (16, 64, 64)
 
