@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.records import mean_and_std
+from benchmarks.toybox_gains import LEVEL, over_seeds
 
 Groups = Mapping[str, Sequence[dict[str, Any]]]  # method -> its runs
 
@@ -63,7 +64,7 @@ def noise_table(groups: Groups) -> str:
 
 
 def claims(groups: Groups) -> str:
-    """ReNO's and HyperNoise's, as lines that say yes or no."""
+    """ReNO's and HyperNoise's, paired by seed, as lines that say yes, no, or that it isn't sure."""
     lines: list[str] = []
     for better, worse, what in (
         ("reno", "none", "ReNO draws better than the plain sampler"),
@@ -75,12 +76,18 @@ def claims(groups: Groups) -> str:
         if better in groups and worse in groups:
             found = []
             for judge in ("strict", "second_judge"):
-                one, two = (statistics.fmean(run["judges"][judge] for run in groups[name]) for name in (better, worse))
-                found.append(f"{judge} {one - two:+.3f}: {'yes' if one > two else 'no'}")
+                one, two = ({run["seed"]: run["judges"][judge] for run in groups[name]} for name in (better, worse))
+                gaps = [value - two[seed] for seed, value in one.items() if seed in two]
+                found.append(f"{judge} {mean_and_std(gaps)}, {verdict(over_seeds(gaps))}" if gaps else f"{judge}: no seed has both")
             lines.append(f"* {what}? " + "; ".join(found) + ".")
     if {"none", "langevin", "hypernoise"} <= set(groups):
         lines.append(f"* how much of their gain does the hypernetwork keep? {kept(groups)}.")
     return "\n".join(lines)
+
+
+def verdict(chance: float | None) -> str:
+    """What a p of a gain above 0 says."""
+    return "one seed" if chance is None else f"{'yes' if chance < LEVEL else 'not for sure' if chance < 0.5 else 'no'} (p = {chance:.3f})"
 
 
 def kept(groups: Groups) -> str:

@@ -37,9 +37,9 @@ def test_the_page_says_which_claims_show_and_which_do_not(tmp_path: Path) -> Non
     assert "| langevin | 2 | 2.000 ± 0.000 | 0.510 ± 0.014 | 0.380 ± 0.000 | 1.500 | 50.0 + 49.0 | 50.0 |  |" in text
     assert "| best of n, n = 33 | 1 |" in text
     assert "| hypernoise | 1 | 2.000 | 0.400 | 0.450 | 1.500 | 50.0 + 49.0 | 50.0 | 180 |" in text
-    assert "* Langevin steps draw better than the plain sampler? strict +0.210: yes; second_judge -0.020: no." in text
+    assert "* Langevin steps draw better than the plain sampler? strict 0.210 ± 0.014, yes (p = 0.015); second_judge -0.020" in text
     assert "* how much of their gain does the hypernetwork keep? strict +0.100 of +0.210; second_judge +0.050 of -0.020; at 1.0" in text
-    assert "* and better than best-of-N in equal seconds? strict +0.060: yes; second_judge -0.120: no." in text
+    assert "* and better than best-of-N in equal seconds? strict 0.050, one seed; second_judge -0.120, one seed." in text
     assert "direct" not in text.partition("## ")[2], "no run of it, no line about it"
     assert "| langevin | 0.25 (0 %) |" in text
 
