@@ -11,7 +11,7 @@ two; Ctrl-U's, place by place; and a weight of the whole picture by its disagree
 recovered: `agreement` is that of the clean map, which can't tell a right colour from one beyond it, `closeness` that of the objects'
 colours themselves. The verifier and the second judge say what became of pictures drawn from noise.
 
-Forty minutes on two cores. One JSON per run under results/condition; one that is there and was made by the same recipe is not made again.
+Twenty minutes on two cores. One JSON per run under results/condition; one that is there and was made by the same recipe is not made again.
 From all that exist it writes benchmarks/condition.md, and pictures of seed 0.
 """
 
@@ -200,7 +200,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [
         "# Ctrl-U with a reward that errs",
         "Written by `python -m benchmarks.condition`; don't edit.",
-        (__doc__ or "").split("\n\n", 1)[1].split("\n\nForty minutes")[0],
+        (__doc__ or "").split("\n\n", 1)[1].split("\n\nTwenty minutes")[0],
         f"Runs of {runs[0]['steps']} steps from the same base, {runs[0]['pictures']} held-out prompts; agreement is the mean soft "
         f"intersection over union of {SCENES} scenes at {len(LEVELS)} levels. Before → after, mean ± std over seeds.",
         table(runs),

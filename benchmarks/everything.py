@@ -63,9 +63,9 @@ def jobs() -> list[Job]:
     found = [Job(name, minutes, [RESULTS / f"{name}.json"], resumes=False) for name, minutes in single.items()]
     found += [Job("style_swap", 12, [RESULTS / "style_swap.json"]), Job("reward_model", 60, [RESULTS / "reward_model.json"])]
     found.append(Job("distillation", 4.6, [distillation.FOLDER / f"{seed}.json" for seed in SEEDS]))
-    found.append(Job("subject", 10, [subject.FOLDER / f"{seed}.json" for seed in SEEDS]))
+    found.append(Job("subject", 5, [subject.FOLDER / f"{seed}.json" for seed in SEEDS]))
     files = [condition.FOLDER / f"{'_'.join(case)}-{seed}.json" for case in condition.CASES for seed in SEEDS]
-    found.append(Job("condition", 2.6, files))
+    found.append(Job("condition", 1.4, files))
     names = [*reward_runs.PLAIN, *WRAPPED]
     files = [reward_runs.FOLDER / f"{reward_runs.stem(name)}-{seed}.json" for name in names for seed in SEEDS]
     found.append(Job("reward_runs", 2.3, files, names))

@@ -1,17 +1,18 @@
-"""`python -m benchmarks.subject [--steps 240] [--every 20] [--seeds 0,1,2] [--only-table]`: RPO learns a subject.
+"""`python -m benchmarks.subject [--steps 60] [--every 10] [--seeds 0,1,2] [--only-table]`: RPO learns a subject.
 
 RPO (arXiv 2407.12164) learns one particular thing from a few pictures of it, and stops where a validation reward is highest, the λ-harmonic
-mean of likeness and prompt-following. Here the thing is a star of four points that the model has never seen, and every star that a prompt
-names should become it (configs/toybox_rpo.yaml, at a rate that doesn't decay, as in the paper, so that something is left to stop). Half
-of the held-out compositions validate: they choose the weights that are kept. What is said below is measured on the other half.
+mean of likeness and prompt-following. Here the thing is a star of four points that the model has never seen, in sixteen pictures of eight
+prompts, and every star that a prompt names should become it (configs/toybox_rpo.yaml, at a rate that doesn't decay, as in the paper, so
+that something is left to stop). Half of the held-out compositions validate: they choose the weights that are kept. What is said below is
+measured on the other half.
 
 Likeness is DINO's to the subject's pictures. The verifier doesn't know the subject, and calls it unknown; so `following` takes what is a
 star of any kind or no known shape for the star, and asks for everything else: count, colour, relation, the other objects, and no dirt. The
 second judge calls the subject a cross: of prompts without a cross it can say the same. `subject` is the verifier with the subject's own
 outline beside the six: everything as asked, and every star the particular one. Drawn scenes of the subject pass all three.
 
-Half an hour on two cores. One JSON per seed under results/subject; one that is there and was made by the same recipe is not made again.
-From all that exist it writes benchmarks/subject.md, its plot, and pictures of seed 0.
+A quarter of an hour on two cores. One JSON per seed under results/subject; one that is there and was made by the same recipe is not made
+again. From all that exist it writes benchmarks/subject.md, its plot, and pictures of seed 0.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [
         "# A subject learnt by RPO",
         "Written by `python -m benchmarks.subject`; don't edit.",
-        (__doc__ or "").split("\n\n", 1)[1].split("\n\nHalf an hour")[0],
+        (__doc__ or "").split("\n\n", 1)[1].split("\n\nA quarter of an hour")[0],
         f"{runs[0]['pictures']} pictures of the half that tests, the same noise for all; mean ± std over {len(runs)} seeds of "
         f"{statistics.fmean(run['seconds'] for run in runs):.0f} s of training each.",
         table(runs),
@@ -225,8 +226,8 @@ def write(folder: Path = FOLDER, target: Path = PAGE, picture: Path = PLOT) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.subject", description="RPO learns a subject.")
-    parser.add_argument("--steps", type=int, default=240, help="of training")
-    parser.add_argument("--every", type=int, default=20, help="steps between validations")
+    parser.add_argument("--steps", type=int, default=60, help="of training")
+    parser.add_argument("--every", type=int, default=10, help="steps between validations")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     given = parser.parse_args()

@@ -37,8 +37,8 @@ class RPO(Preference):
         imitate: AtLeastZero = 1.0
         sharpness: Above = 1.0  # of the labels: σ(sharpness · difference of the rewards)
         references: str | None = None  # pictures of the subject: a folder, a .jsonl of prompts and images, toybox:STYLE
-        count: Positive = 8  # of them, at most
-        subject: str | None = None  # the prompt of the subject's pictures; null: that of the picture they are held against
+        count: Positive = 8  # of them for each of their prompts, at most
+        subject: str | list[str] | None = None  # prompts of the subject's pictures; null: that of the picture they are held against
 
     def __init__(self, session: Session):
         super().__init__(session)
@@ -55,13 +55,14 @@ class RPO(Preference):
     def collect(self, prompts: Prompts, step: int) -> Rollout:
         """2·N rows: the drawn pictures, then for each the subject's picture that it is held against."""
         del step
-        count, subject, batch = len(prompts), self.settings.subject, self.settings.micro_batch
-        titles = [subject or text for text in prompts.texts]
+        count, batch, turns = len(prompts), self.settings.micro_batch, prompts.ids.tolist()
+        subject = [self.settings.subject] if isinstance(self.settings.subject, str) else self.settings.subject or []
+        titles = [subject[turn % len(subject)] for turn in turns] if subject else prompts.texts
         condition = self.policy.family.encode([*prompts.texts, *titles], [*prompts.metadata] * 2)
         trajectory = self.drawn(prompts, condition.take(slice(0, count)))
         drawn = self.scored(prompts, condition, trajectory, decode(self.policy, trajectory.final, batch))
         known = self.references.prepare(titles, [{} if subject else record for record in prompts.metadata])
-        latents = torch.stack([own[int(name) % len(own)] for (own,), name in zip(known, prompts.ids, strict=True)])
+        latents = torch.stack([own[turn // max(1, len(subject)) % len(own)] for (own,), turn in zip(known, turns, strict=True)])
         images = decode(self.policy, latents, batch)
         with torch.no_grad():
             scores = self.session.rewards.score(RewardInput(images, prompts.texts, prompts.metadata, groups=prompts.groups)).by_name()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from visalign.features import load_dual_encoder
 from visalign.rewards.lambda_harmonic import LambdaHarmonic, harmonic
 from visalign.scoring import RewardInput
 from visalign.toybox import styles
+from visalign.vision import load_vision_encoder
 
 PROMPTS = ["a red star", "two blue circles"]
 
@@ -25,6 +27,18 @@ def test_score_is_the_harmonic_mean_of_both_similarities() -> None:
         subject, words = (1 + (own @ image[n]).mean()) / 2, (1 + text[n] @ image[n]) / 2
         torch.testing.assert_close(output.scores[n], 1 / (0.3 / subject + 0.7 / words))
         torch.testing.assert_close(output.components["image"][n], subject)
+
+
+def test_likeness_may_be_seen_by_another_encoder() -> None:
+    images = torch.cat([styles.drawn(prompt, {}, 1, seed=5) for prompt in PROMPTS])
+    options: dict[str, Any] = {"references": "toybox:sparkle", "count": 3}
+    own = LambdaHarmonic("toybox", **options).score(RewardInput(images, PROMPTS))
+    found = LambdaHarmonic("toybox", image_checkpoint="toybox", **options).score(RewardInput(images, PROMPTS))
+    seen = load_vision_encoder("toybox").encode(images).image
+    known = load_vision_encoder("toybox").encode(styles.drawn(PROMPTS[0], {}, 3, style="sparkle")).image
+    torch.testing.assert_close(found.components["image"][0], (1 + (known @ seen[0]).mean()) / 2)
+    torch.testing.assert_close(found.components["text"], own.components["text"])
+    assert (found.components["image"] != own.components["image"]).all()
 
 
 def test_the_lower_of_two_decides() -> None:

@@ -119,3 +119,16 @@ def test_rpo_holds_the_subject_against_what_the_untrained_model_draws(tmp_path: 
     assert rows[-1]["gain/first"] > 0
     with pytest.raises(UserError, match=r"trainer\.references: none given"):
         forward(tmp_path, "rpo")
+
+
+def test_pictures_of_a_subject_may_have_prompts_of_their_own(tmp_path: Path) -> None:
+    here, there, elsewhere = points(tmp_path, [(2.0, 1.0), (-2.0, 0.0), (-2.0, 1.0)])
+    lines = [{"prompt": "here", "images": [here]}, {"prompt": "there", "images": [there, elsewhere]}]
+    (tmp_path / "subject.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trainer = forward(tmp_path, "rpo", trainer__references=str(tmp_path / "subject.jsonl"), trainer__subject=["here", "there"])
+    drawn = trainer.collect(trainer.draw(1), 1)
+    shown, turn = drawn.trajectory.final[64:], drawn.prompts.ids[:64] % 4
+    for place, turns in (((2.0, 1.0), (0, 2)), ((-2.0, 0.0), (1, 3)), ((-2.0, 1.0), (1, 3))):
+        near = (shown - torch.tensor(place)).norm(dim=1) < 0.1
+        assert near.any()
+        assert set(turn[near].tolist()) <= set(turns)
