@@ -89,6 +89,21 @@ class TestWan21FromAFirstFrame(OfWan):
         return torch.cat(shown)
 
 
+class TestWan22FromAFirstFrame(TestWan21FromAFirstFrame):
+    """The 5B model."""
+
+    build = staticmethod(tiny.wan22_5b_i2v)
+
+    def test_the_first_frame_is_the_given_one(self, folder: Path) -> None:
+        policy, prompts = self.load(folder, resolution=16), self.prompts(2)
+        family: Any = policy.family
+        given = family.encode(prompts.texts, prompts.metadata).positive()["first"]
+        x, sigma = torch.randn(2, *family.latent_shape), torch.tensor([0.9, 0.2])
+        with torch.no_grad():
+            said = policy.predict(x, sigma, family.encode(prompts.texts, prompts.metadata))
+        torch.testing.assert_close((x - sigma.view(2, 1, 1, 1, 1) * said)[:, :, :1], given)
+
+
 def test_the_5b_model_has_a_time_for_every_token(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tiny.wan22_5b(tmp_path)

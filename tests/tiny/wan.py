@@ -1,4 +1,4 @@
-"""Tiny random Wan pipelines: 2.1 and 2.2 from text, 2.1 from a first frame, the 5B model of 2.2."""
+"""Tiny random Wan pipelines: 2.1 and 2.2 from text, 2.1 from a first frame, and the 5B model of 2.2 from both."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def wan22(folder: Path) -> None:
 def wan22_5b(folder: Path) -> None:
     """A time for every token."""
     WanPipeline(**parts(), transformer=transformer(), expand_timesteps=True).save_pretrained(folder)
+
+
+def wan22_5b_i2v(folder: Path) -> None:
+    """A given first frame in the noise's place, with a time of its own."""
+    WanImageToVideoPipeline(**parts(), transformer=transformer(), expand_timesteps=True).save_pretrained(folder)
 
 
 def wan21_i2v(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 Their UniPC scheduler looks back at earlier steps, so it is replaced by itself at order 1 without its corrector: the same times, and steps
 that are Euler's. The model is told whole times, as the scheduler cuts them. Wan 2.2's two experts, one for high noise and one for low,
-learn as one network. Of the 5B model of Wan 2.2 the text-to-video pipeline alone is known.
+learn as one network. Its 5B model sees a given first frame in the noise's place, at time 0; here that frame goes straight to what is given.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Wan(VideoFamily):
     others: as `VideoFamily` takes them; nothing masks the padding of prompts.
 
     Raises:
-        UserError: a size that the model doesn't have, or the 5B model's image-to-video pipeline.
+        UserError: a size that the model doesn't have.
     """
 
     pipeline_classes = ("WanPipeline", "WanImageToVideoPipeline")
@@ -50,8 +50,6 @@ class Wan(VideoFamily):
         step_distilled: bool | None = None,
     ):
         self.needs_picture = "image_encoder" in pipeline.components
-        if self.needs_picture and pipeline.config.expand_timesteps:
-            raise UserError("this model gives the first frame a time of its own, which isn't known here; use its text-to-video pipeline")
         super().__init__(pipeline, resolution, height, width, frames, negative_prompt, max_sequence_length, step_distilled)
         self.path, self.scheduler, self.guidance_2 = Flow(), pipeline.scheduler, guidance_2
         self.told = torch.full((2, 1), -1.0)  # (sigma, time) of every grid so far
@@ -86,7 +84,8 @@ class Wan(VideoFamily):
         return tensors
 
     def _first(self, image: Any) -> Tensor:
-        """(1, 4 + C, f, h, w) which frames are given, and latents of a video whose first frame is a picture and whose others are grey."""
+        """(1, 4 + C, f, h, w) which frames are given, and latents of a video whose first frame is a picture and whose others are grey; of
+        the 5B model (1, C, 1, h, w), that frame's alone."""
         pipe, device = self.pipeline, next(self.pipeline.vae.parameters()).device
         pixels = pipe.video_processor.preprocess(image, self.height, self.width).to(device, torch.float32)
         settings = self.size | {"latents": torch.zeros(1, *self.latent_shape), "dtype": torch.float32, "device": device}
@@ -107,18 +106,20 @@ class Wan(VideoFamily):
         return torch.where(same.any(1), told[same.int().argmax(1)], time.floor())
 
     def forward(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        time = self.time(sigma)
-        if self.pipeline.config.expand_timesteps:  # the 5B model has a time for every token
+        time, shown, first = self.time(sigma), x, condition.get("first")
+        if several := self.pipeline.config.expand_timesteps:  # the 5B model has a time for every token
             patch = self.denoiser.config.patch_size
-            time = time[:, None].expand(-1, x[0, 0, :: patch[0], :: patch[1], :: patch[2]].numel())
-        given = [x, condition["first"]] if "first" in condition else [x]
-        return network(
-            hidden_states=torch.cat(given, 1).to(self.denoiser.dtype),
-            timestep=time,
-            encoder_hidden_states=condition["text"],
-            encoder_hidden_states_image=condition.get("seen"),
-            return_dict=False,
-        )[0]
+            time = expand(time, x[:, 0]).expand_as(x[:, 0])[:, :: patch[0], :: patch[1], :: patch[2]]
+        if several and first is not None:
+            shown, time = torch.cat([first, x[:, :, 1:]], 2), torch.cat([torch.zeros_like(time[:, :1]), time[:, 1:]], 1)
+        elif first is not None:
+            shown = torch.cat([x, first], 1)
+        text = {"encoder_hidden_states": condition["text"], "encoder_hidden_states_image": condition.get("seen")}
+        told = time.flatten(1) if several else time
+        said = network(hidden_states=shown.to(self.denoiser.dtype), timestep=told, return_dict=False, **text)[0]
+        if several and first is not None:
+            said = torch.cat([(x[:, :, :1] - first) / expand(sigma, x), said[:, :, 1:]], 2)
+        return said
 
     def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float, sigma: Tensor) -> Tensor:
         weight = torch.full_like(sigma, guidance)
