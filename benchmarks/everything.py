@@ -1,4 +1,4 @@
-"""`python -m benchmarks.everything [NAME …] [--plan]`: every table again, one benchmark after the other, about 14 hours of two cores.
+"""`python -m benchmarks.everything [NAME …] [--plan]`: every table again, one benchmark after the other, about 13 hours of two cores.
 
 Each benchmark is a command of its own, which this only calls, and keeps one file per run: stopped, it goes on where it was. What is left
 and how long it will take is printed before each of them; with --plan, nothing else happens. Minutes are of a machine with two cores that
@@ -71,7 +71,7 @@ def jobs() -> list[Job]:
     found.append(Job("reward_runs", 2.3, files, names))
     files = [noise.FOLDER / noise.file_name("toybox/turbo", 1, method, seed) for method in noise.METHODS for seed in SEEDS]
     found.append(Job("noise", 4.4, files))
-    found.append(Job("prdp", 11.1, [prdp.FOLDER / f"{name}-{seed}.json" for name in prdp.cases() for seed in SEEDS]))
+    found.append(Job("prdp", 4.9, [prdp.FOLDER / f"{name}-{seed}.json" for name in prdp.cases() for seed in SEEDS]))
     asked = guidance.jobs(registry.names("steering"), list(SEEDS), None)
     found.append(Job("guidance", 0.6, [guidance.FOLDER / guidance.file_name(*job) for job in asked]))
     return [*found, *toyboxes()]

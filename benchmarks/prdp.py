@@ -1,8 +1,8 @@
-"""`python -m benchmarks.prdp [--seconds 600] [--seeds 0,1,2] [--evaluations 6] [--only-table]`: long runs on few and on many prompts.
+"""`python -m benchmarks.prdp [--seconds 240] [--seeds 0,1,2] [--evaluations 4] [--only-table]`: long runs on few and on many prompts.
 
 PRDP's claim in miniature (arXiv 2402.08714): on few prompts it gains what policy gradients gain; on many, where policy gradients without
 a KL become unstable, it goes on. Flow-GRPO without a KL and PRDP, by the toybox's own recipes, on eight training prompts and on all 1,616,
-judged on the same held-out prompts. Two and a quarter hours on two cores.
+judged on the same held-out prompts. An hour on two cores.
 
 One JSON per run under results/prdp; a run that is there and was made by the same recipe is not made again. From all that exist it writes
 benchmarks/prdp.md and its plot. To be run from the repository's root.
@@ -125,9 +125,9 @@ def write(folder: Path = FOLDER, target: Path = PAGE, picture: Path = PLOT) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prdp", description="Flow-GRPO and PRDP on few and on many prompts.")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of training, for each run")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of training, for each run")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--evaluations", type=int, default=6, help="evenly spaced, the last at the end")
+    parser.add_argument("--evaluations", type=int, default=4, help="evenly spaced, the last at the end")
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     given = parser.parse_args()
     for seed in [] if given.only_table else map(int, given.seeds.split(",")):  # one seed of everything comes first
