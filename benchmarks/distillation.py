@@ -122,12 +122,12 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     for panel, judge in zip(figure.subplots(1, 2), ("strict", "second_judge"), strict=True):
         curve, rows = [run["curve"] for run in runs], [run["rows"] for run in runs]
         x, y = mean(curve, "diversity"), mean(curve, judge)
-        panel.plot(x, y, "o-")
+        panel.plot(x, y, "o-", label="students (number: share of the one for diversity)")
         for share, *place in zip(mean(curve, "share"), x, y, strict=True):
             panel.annotate(f"{share:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
         for row, *place in zip(runs[0]["rows"], mean(rows, "diversity"), mean(rows, judge), strict=True):
             panel.plot(*place, "s", label=row["name"])
-        panel.set(title=f"{judge.replace('_', ' ')}; numbers: share of the student for diversity", xlabel="diversity")
+        panel.set(title=judge.replace("_", " "), xlabel="diversity")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(fontsize=8, frameon=False)
