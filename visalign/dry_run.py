@@ -1,6 +1,6 @@
 """One training step of a recipe in a world where a network costs nothing: how often the real one would be asked, and what is kept.
 
-The plane of `toy:gaussian` takes the model's place, or the toybox where there has to be an adapter, and brightness the rewards';
+The plane of `toy:gaussian` takes the model's place, or the one-step toybox where there has to be an adapter, and brightness the rewards';
 exploration, credit, updates and groups are the recipe's. So forwards are counted by the algorithm itself, not by a formula beside it.
 """
 
@@ -85,5 +85,5 @@ def dry(config: Config, folder: str) -> Config:
     data["policy"] = {"model": "toy:gaussian", "lora": None, "steps": config.policy.steps, "guidance": config.policy.guidance}
     data["policy"] |= {"options": {"steps": config.policy.steps, "guided": True}}
     if build.algorithm(config).moves_noise:  # by an adapter, which the plane has no place for
-        data["policy"] |= {"model": "toybox", "lora": {"rank": 1, "alpha": 1}, "options": {}}
+        data["policy"] |= {"model": "toybox/turbo", "lora": {"rank": 1, "alpha": 1}, "options": {}}
     return Config.model_validate(data)
