@@ -42,7 +42,7 @@ class CFGDistillation(FlowGRPO):
         kl: Above = 1.0  # weight of mean‖v_student - v_teacher‖²
         kl_form: Literal["velocity"] = "velocity"  # pyright: ignore[reportIncompatibleVariableOverride]  # the others need a density
 
-    defaults: ClassVar[Defaults] = {"credit": {"std": "none"}}
+    defaults: ClassVar[Defaults] = {"credit": {"std": "none", "clip": 1e9}}  # cut advantages would cut the weight
 
     def __init__(self, session: Session):
         super().__init__(session)

@@ -105,12 +105,12 @@ def test_the_student_comes_to_draw_as_the_guided_teacher(tmp_path: Path) -> None
 
 
 def test_diversity_is_paid_by_its_weight_and_by_what_a_picture_adds_to_its_group(tmp_path: Path) -> None:
-    trainer = made(tmp_path, rewards={"diversity": {"use": "diversity", "measure": "tonal", "weight": 3.0}}, credit__clip=1e9)
+    trainer = made(tmp_path, rewards={"diversity": {"use": "diversity", "measure": "tonal", "weight": 300.0}})
     family(trainer).toy.shift.data.copy_(family(trainer).taught(TEACHER))
     drawn = trainer.collect(trainer.draw(1), 1)
     drawn = replace(drawn, advantages=trainer.credit(drawn))
     groups = drawn.rewards["diversity"].reshape(4, 4)
-    wanted = 3 * (groups - groups.mean(1, keepdim=True)).flatten()
+    wanted = 300 * (groups - groups.mean(1, keepdim=True)).flatten()
     assert drawn.advantages is not None
     assert_close(drawn.advantages, wanted[:, None].expand(-1, STEPS - 1), rtol=1e-4, atol=1e-5)
     (batches,) = trainer.minibatches(drawn, 1)
