@@ -47,6 +47,8 @@ class RPO(Preference):
             raise UserError(
                 "trainer.references: none given; name the subject's pictures: a folder, a .jsonl of prompts and images, or toybox:STYLE"
             )
+        if settings.subject == []:
+            raise UserError("trainer.subject: an empty list; name prompts of the subject's pictures, or null for the drawn ones'")
         if settings.pairs is not None:
             raise UserError("trainer.pairs: rpo makes its pairs itself; use trainer.name=preference, or leave them out")
         self.check_given()

@@ -132,3 +132,5 @@ def test_pictures_of_a_subject_may_have_prompts_of_their_own(tmp_path: Path) -> 
         near = (shown - torch.tensor(place)).norm(dim=1) < 0.1
         assert near.any()
         assert set(turn[near].tolist()) <= set(turns)
+    with pytest.raises(UserError, match=r"trainer\.subject: an empty list"):
+        forward(tmp_path, "rpo", trainer__references=str(tmp_path / "subject.jsonl"), trainer__subject=[])
