@@ -2,10 +2,9 @@
 
 Trained in two stages, as `build_sd3` does: the autoencoder, then transformer and text encoder together on cached latents.
 The first works on 4 × 4 patches of pixels, as that of Wan 2.2 does on 2 × 2; a latent is 8 × 8 pixels of two frames. Its latents have no
-noise (use the mode); its residual blocks start as nothing, and pixels of shapes count more, or it would stay with a grey ground for long.
+noise (use the mode). Scenes are nearly all ground, so it learns from crops around what moves, and pixels of shapes count more; its residual
+blocks start as nothing.
 Wan's cross-attention masks nothing: a stock call pads a prompt with zeros to 512 tokens, so a share of the steps sees as many.
-
-The numbers of steps are an estimate: a run to its end is still to be made.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from visalign.toybox.pretrain import Progress, warm_then_fall
 WIDTH, TEXT_WIDTH, CHANNELS = 96, 64, 16  # of the transformer, the text encoder and the latents
 TOKENS, STOCK_TOKENS = 8, 512
 VIDEOS = 800
-VAE_STEPS, VAE_BATCH = 3000, 8  # of whole videos: trained on five frames, it drifts from the sixth on
+VAE_STEPS, VAE_BATCH, CROP = 2500, 12, 32  # of all frames: trained on five, it drifts from the sixth on
 INK, EDGE = 4.0, 0.1  # how much more a pixel of a shape counts, and how far from the ground it is, of 2
 FLOW_STEPS, BATCH, STOCK_BATCH = 6000, 48, 16
 MEASURED, SETTINGS = 64, ((5, 1.0), (10, 1.0), (10, 3.0))
@@ -141,7 +140,7 @@ def small_transformer() -> WanTransformer3DModel:
     )
 
 
-def small_vae(width: int = 24) -> AutoencoderKLWan:
+def small_vae(width: int = 32) -> AutoencoderKLWan:
     """Untrained; its residual blocks are the identity (or their shortcut) at first."""
     vae = AutoencoderKLWan(
         base_dim=width,
@@ -171,12 +170,14 @@ def train_vae(videos: Tensor, work: Path, device: torch.device) -> AutoencoderKL
     vae.to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     progress = Progress(work / "wan_vae.pt", {"vae": vae, "optimizer": optimizer})
+    ground = as_input(torch.tensor(scenes.GROUND, dtype=torch.uint8).view(1, 1, 3, 1, 1), device)
     for step in progress.steps(VAE_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * warm_then_fall(step, VAE_STEPS, hold=0.3)
-        target = as_input(videos[torch.randint(len(videos), (VAE_BATCH,))], device)
-        drawn = vae.decode(vae.encode(target).latent_dist.mode()).sample
-        ink = (target - target[:, :, :1, :1, :1]).abs().amax(1, keepdim=True) > EDGE  # the first pixel is ground
+        target = as_input(crops(videos, VAE_BATCH), device)
+        with torch.autocast(device.type, torch.bfloat16):
+            drawn = vae.decode(vae.encode(target).latent_dist.mode()).sample.float()
+        ink = (target - ground).abs().amax(1, keepdim=True) > EDGE
         loss = ((1 + INK * ink) * ((drawn - target).abs() + (drawn - target).square())).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -184,6 +185,17 @@ def train_vae(videos: Tensor, work: Path, device: torch.device) -> AutoencoderKL
         optimizer.zero_grad()
         progress.note = {"loss": loss.item()}
     return vae.eval().requires_grad_(False)
+
+
+def crops(videos: Tensor, count: int) -> Tensor:
+    """(count, F, 3, CROP, CROP) of random videos, each with some pixel of its shape inside, aligned with the latents."""
+    chosen = videos[torch.randint(len(videos), (count,))]
+    ground = torch.tensor(scenes.GROUND, dtype=torch.uint8).view(3, 1, 1)
+    moved = (chosen != ground).flatten(1, 2).any(1).flatten(1).float()
+    at = moved.multinomial(1)[:, 0]
+    inside = torch.stack([at // scenes.SIZE, at % scenes.SIZE], 1) - torch.randint(CROP, (count, 2))
+    corners = (inside.clamp(0, scenes.SIZE - CROP) // 8 * 8).tolist()
+    return torch.stack([video[..., top : top + CROP, left : left + CROP] for video, (top, left) in zip(chosen, corners, strict=True)])
 
 
 def as_input(videos: Tensor, device: torch.device) -> Tensor:
