@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from visalign.toybox.build_sd3 import PICTURES, clip_tokenizer, encode, small_clip
 from visalign.toybox.measure_pipeline import measure
-from visalign.toybox.pretrain import Progress, compiled, draw, warm_then_fall
+from visalign.toybox.pretrain import Progress, compiled, descend, draw, follow, warm_then_fall
 
 WIDTHS = (48, 96, 128)
 STEPS, BATCH, LEARNING_RATE = 4500, 32, 1e-3
@@ -116,12 +116,7 @@ def train(pipeline: Any, latents: Tensor, prompts: list[str], work: Path, device
         with torch.autocast(device.type, torch.bfloat16):
             said = model(square.sqrt() * clean + (1 - square).sqrt() * noise, times, ids[named].to(device))
         loss = ((said.float() - noise).square() / square.clamp(min=LEAST)).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        keep = min(0.998, (1 + step) / (10 + step))
-        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(value.detach(), 1 - keep)
+        descend(loss, model, [optimizer])
+        follow(average, model, step, 0.998)
         progress.note = {"loss": progress.smoothed("loss", loss.item(), 0.98)}
     pipeline.register_modules(unet=average.unet, text_encoder=average.text_encoder)

@@ -33,7 +33,7 @@ from transformers import (
 
 from visalign.schedules import shifted
 from visalign.toybox import scenes
-from visalign.toybox.pretrain import Pictures, Progress, compiled, draw, warm_then_fall
+from visalign.toybox.pretrain import Pictures, Progress, compiled, descend, draw, follow, muon_and_adamw, warm_then_fall
 
 WIDTH = 128  # of the joint text sequence, and of the transformer
 CLIP_TOKENS, T5_TOKENS, STOCK_T5_TOKENS = 14, 10, 256
@@ -181,10 +181,7 @@ def train_vae(pictures: Pictures, work: Path, device: torch.device) -> Autoencod
             posterior = vae.encode(target).latent_dist
             drawn = vae.decode(posterior.sample()).sample.float()
         loss = F.l1_loss(drawn, target) + F.mse_loss(drawn, target) + 1e-4 * posterior.kl().float().mean() / scenes.SIZE
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(loss, vae, [optimizer])
         progress.note = {"loss": loss.item()}
     return vae.eval().requires_grad_(False)
 
@@ -225,14 +222,7 @@ def train_flow(pipeline: StableDiffusion3Pipeline, latents: Tensor, prompts: lis
     torch.manual_seed(0)
     model = Denoiser(pipeline).to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
-    hidden = [p for p in model.transformer.transformer_blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    optimizers = {
-        "muon": torch.optim.Muon(
-            hidden, 1.5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),  # ahead of AdamW in one 120-step trial
-        "adamw": torch.optim.AdamW(others, 1e-3, (0.9, 0.98), weight_decay=0.01),
-    }
+    optimizers = muon_and_adamw(model, model.transformer.transformer_blocks)
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     clip_ids = pipeline.tokenizer([*prompts, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     t5_ids = pipeline.tokenizer_3(
@@ -255,14 +245,8 @@ def train_flow(pipeline: StableDiffusion3Pipeline, latents: Tensor, prompts: lis
         with torch.autocast(device.type, torch.bfloat16):
             velocity = model(mixed, sigma, clip_ids[named].to(device), ids.to(device))
         loss = F.mse_loss(velocity.float(), noise - x0)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
-        keep = min(0.999, (1 + step) / (10 + step))
-        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(value.detach(), 1 - keep)
+        descend(loss, model, optimizers.values())
+        follow(average, model, step, 0.999)
         if not stock:
             progress.note = {"loss": 0.98 * progress.note.get("loss", loss.item()) + 0.02 * loss.item()}
     pipeline.transformer, pipeline.text_encoder_3 = average.transformer, average.t5

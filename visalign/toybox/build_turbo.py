@@ -32,7 +32,7 @@ from tqdm import tqdm
 from visalign.toybox import scenes
 from visalign.toybox.build_sd3 import PICTURES, SHIFT, STOCK_T5_TOKENS, T5_TOKENS, WIDTH, encode
 from visalign.toybox.measure_pipeline import measure
-from visalign.toybox.pretrain import Progress, compiled, draw, warm_then_fall
+from visalign.toybox.pretrain import Progress, compiled, descend, draw, follow, warm_then_fall
 
 PAIRS, CHUNK = 6144, 128  # pictures that the teacher draws, and how many at a time
 TEACHER_STEPS, GUIDANCE = 8, 3.0
@@ -182,13 +182,8 @@ def train(pipeline: Any, data: Data, work: Path, device: torch.device) -> None:
         if step >= ADVERSARIAL_FROM:
             push, judged = adversarial(critic, judging, drawn.detach(), texts, prompts, data)
             note |= judged
-        (error + (drawn * push).sum()).backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        keep = min(0.995, (1 + step) / (10 + step))
-        for mean, value in zip(average.parameters(), student.parameters(), strict=True):
-            mean.lerp_(value.detach(), 1 - keep)
+        descend(error + (drawn * push).sum(), student, [optimizer])
+        follow(average, student, step, 0.995)
         progress.note = {name: progress.smoothed(name, value, 0.95) for name, value in note.items()}
     pipeline.register_modules(transformer=average)
 

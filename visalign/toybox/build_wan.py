@@ -33,7 +33,7 @@ from visalign.scoring import RewardInput
 from visalign.toybox import moving_scenes, scenes
 from visalign.toybox.measure_pipeline import strict
 from visalign.toybox.motion import Motion
-from visalign.toybox.pretrain import Progress, warm_then_fall
+from visalign.toybox.pretrain import Progress, descend, follow, muon_and_adamw, warm_then_fall
 
 WIDTH, TEXT_WIDTH, CHANNELS = 96, 64, 16  # of the transformer, the text encoder and the latents
 TOKENS, STOCK_TOKENS = 8, 512
@@ -179,10 +179,7 @@ def train_vae(videos: Tensor, work: Path, device: torch.device) -> AutoencoderKL
             drawn = vae.decode(vae.encode(target).latent_dist.mode()).sample.float()
         ink = (target - ground).abs().amax(1, keepdim=True) > EDGE
         loss = ((1 + INK * ink) * ((drawn - target).abs() + (drawn - target).square())).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(loss, vae, [optimizer])
         progress.note = {"loss": loss.item()}
     return vae.eval().requires_grad_(False)
 
@@ -233,12 +230,7 @@ def train_flow(pipeline: WanPipeline, latents: Tensor, prompts: list[str], work:
     torch.manual_seed(0)
     model = Denoiser(pipeline).to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
-    hidden = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    optimizers = {
-        "muon": torch.optim.Muon(hidden, 1.5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        "adamw": torch.optim.AdamW(others, 1e-3, (0.9, 0.98), weight_decay=0.01),
-    }
+    optimizers = muon_and_adamw(model, model.transformer.blocks)
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     text = pipeline.tokenizer([*prompts, ""], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     progress = Progress(work / "wan_flow.pt", {"model": model, "average": average} | optimizers)
@@ -256,14 +248,8 @@ def train_flow(pipeline: WanPipeline, latents: Tensor, prompts: list[str], work:
         with torch.autocast(device.type, torch.bfloat16):
             velocity = model(mixed, sigma, ids, mask, STOCK_TOKENS if stock else TOKENS)
         loss = F.mse_loss(velocity.float(), noise - x0)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
-        keep = min(0.998, (1 + step) / (10 + step))
-        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(value.detach(), 1 - keep)
+        descend(loss, model, optimizers.values())
+        follow(average, model, step, 0.998)
         if not stock:
             progress.note = {"loss": progress.smoothed("loss", loss.item(), 0.98)}
     pipeline.register_modules(transformer=average.transformer, text_encoder=average.text_encoder)

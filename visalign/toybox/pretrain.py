@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -95,6 +95,31 @@ def warm_then_fall(step: int, total: int, warm_up: int = 100, hold: float = 0.5)
     if step < warm_up:
         return (step + 1) / warm_up
     return max(0.02, min(1.0, (total - step) / (total * (1 - hold))))
+
+
+def muon_and_adamw(model: torch.nn.Module, blocks: torch.nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks (ahead of AdamW in one 120-step trial), AdamW for all else."""
+    hidden = [p for p in blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    muon = torch.optim.Muon(hidden, 1.5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return {"muon": muon, "adamw": torch.optim.AdamW(others, 1e-3, (0.9, 0.98), weight_decay=0.01)}
+
+
+def descend(loss: Tensor, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """A step down, gradients cut to norm 1."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def follow(average: torch.nn.Module, model: torch.nn.Module, step: int, most: float) -> None:
+    """The running average of a model's weights, over few steps at first and with decay `most` later."""
+    keep = min(most, (1 + step) / (10 + step))
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - keep)
 
 
 def compiled(module: torch.nn.Module) -> None:
