@@ -30,6 +30,8 @@ class Diversity(Reward):
         measure: which of these.
         score: "member", or "set", the same number for a whole group: for evaluation, or as a loss.
         checkpoint: see `visalign.vision.load_vision_encoder`; CLIP's picture tower works as well. Not loaded for "tonal".
+        features: "image", what a picture shows as a whole, or "patches", what it shows at each place: then the same things elsewhere are
+            diverse, too, and a picture need not show what it shouldn't to be different.
 
     Components, each (N,): `member` and `set`. A picture that is not finite is invalid and left out of its group.
     """
@@ -43,14 +45,15 @@ class Diversity(Reward):
         measure: Literal["distance", "vendi", "tonal"] = "distance",
         score: Literal["member", "set"] = "member",
         checkpoint: str = spec.model_id,
+        features: Literal["image", "patches"] = "image",
     ):
-        self.measure, self.form = measure, score
+        self.measure, self.form, self.features = measure, score, features
         self.encoder = None if measure == "tonal" else load_vision_encoder(checkpoint)
 
     def score(self, batch: RewardInput) -> RewardOutput:
         """(N,) float32; embeddings "diversity" (N, D), where there is an encoder."""
         assert batch.groups is not None, "the panel refuses a batch without groups"
-        features = tones(batch.images) if self.encoder is None else self.encoder.encode(batch.images).image
+        features = self._seen(batch.images)
         sound = features.isfinite().all(1)
         member, whole = features.new_full((2, len(batch)), math.nan).unbind()
         for group in batch.groups.unique().tolist():
@@ -63,6 +66,13 @@ class Diversity(Reward):
             components={"member": member, "set": whole},
             embeddings={"diversity": features.detach()} if self.encoder else {},
         )
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """(N, D)."""
+        if self.encoder is None:
+            return tones(images)
+        found = self.encoder.encode(images)
+        return found.image if self.features == "image" else found.patches.flatten(1)
 
     def _measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) of one group -> (n,) of members, () of the set."""

@@ -36,6 +36,16 @@ def test_distance(dino: str, batch: RewardInput) -> None:
     assert (together[0] + together[3]).item() / 2 == pytest.approx(by_group, abs=1e-5)
 
 
+def test_patches_see_that_the_same_things_are_elsewhere(dino: str) -> None:
+    """Two circles that have moved are nearly the same picture and not at all the same places."""
+    moved = styles.drawn("two red circles", {}, 2)
+    batch = RewardInput(moved, ["x"] * 2, groups=torch.zeros(2, dtype=torch.int64))
+    whole, places = (Diversity(checkpoint=dino, features=features).score(batch) for features in ("image", "patches"))
+    assert places.scores[0] > 2 * whole.scores[0] > 0
+    patches = Diversity(checkpoint=dino).encoder.encode(moved).patches  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(places.scores[0], 1 - torch.cosine_similarity(*patches, dim=-1).mean())
+
+
 @pytest.mark.parametrize("measure", ["vendi", "tonal"])
 def test_a_member_is_worth_what_the_set_loses_without_it(dino: str, batch: RewardInput, measure: str) -> None:
     output = Diversity(measure, checkpoint=dino).score(batch)  # pyright: ignore[reportArgumentType]
