@@ -1,8 +1,9 @@
-"""`python -m benchmarks.distillation [--seconds 90] [--seeds 0,1,2] [--shares 0,0.25,0.5,0.75,1]`: is guidance worth its second forward?
+"""`python -m benchmarks.distillation [--seconds 240] [--seeds 0,1,2] [--shares 0,0.25,0.5,0.75,1]`: is guidance worth its second forward?
 
 For each seed two students of configs/toybox_cfg_distillation.yaml train for the same seconds: one for quality, with diversity at weight 0,
 and one for diversity as well. They, what lies between their weights, and the base with and without guidance draw the same held-out prompts
-from the same noise. A quarter of an hour on two cores.
+from the same noise. Diversity is measured twice: of what pictures show (CLIP), which wrong pictures have, too, and of what is where (the
+patches of DINO), which is what the reward pays for. Half an hour on two cores.
 
 One JSON per seed under results/distillation; one that is there and was made by the same recipe is not made again. From all that exist it
 writes benchmarks/distillation.md.
@@ -29,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = records.RESULTS / "distillation", ROOT / "benchmarks" / "distillation.md"
 PLOT = ROOT / "assets" / "pictures" / "distillation_runs.png"
 RECIPE = "toybox_cfg_distillation"
-JUDGES = ("strict", "second_judge", "clip_score", "diversity")
+JUDGES = ("strict", "second_judge", "clip_score", "diversity", "places")
+BETWEEN = 2.0  # guidance of the base between none and the teacher's
 Row = dict[str, Any]
 
 
@@ -65,7 +67,7 @@ def run(seed: int, seconds: float, shares: Sequence[float], images: int | None =
     teacher = diverse.settings.teacher
     with diverse.policy.reference():
         rows: list[Row] = [{"name": "base"} | judged(diverse, diverse.policy)]
-        rows.append({"name": f"base, guidance {teacher:g}"} | judged(diverse, diverse.policy, teacher))
+        rows += [{"name": f"base, guidance {g:g}"} | judged(diverse, diverse.policy, g) for g in (BETWEEN, teacher)]
     curve: list[Row] = []
     weights = {share: interpolated(quality.policy, diverse.policy, share) for share in shares}
     for share, values in weights.items():
@@ -96,8 +98,8 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         f"Students of {runs[0]['seconds']:g} s of training each ({steps} steps; for quality alone, and for diversity as well), and weights "
         f"between theirs. {runs[0]['pictures']} held-out prompts, the same noise for all; mean ± std over {len(runs)} seeds. NFE are "
         "forwards a picture.",
-        markdown(["model", "NFE", "strict", "second judge", "CLIP score", "diversity"], lines),
-        "\n".join(claim(runs, judge) for judge in ("strict", "second_judge", "diversity")),
+        markdown(["model", "NFE", "strict", "second judge", "CLIP score", "diversity", "of places"], lines),
+        "\n".join(claim(runs, judge) for judge in ("strict", "second_judge", "diversity", "places")),
         "![accuracy over diversity, from the one student's weights to the other's](../assets/pictures/distillation_runs.png)",
         "Made on: " + "; ".join(machine) + ".",
     ]
@@ -108,7 +110,7 @@ def claim(runs: Sequence[dict[str, Any]], judge: str) -> str:
     """The student of each kind less the teacher, paired by seed."""
     said: list[str] = []
     for share, kind in ((0.0, "quality"), (1.0, "diversity")):
-        ends = [row[judge] - run["rows"][1][judge] for run in runs for row in run["curve"] if row["share"] == share]
+        ends = [row[judge] - run["rows"][-1][judge] for run in runs for row in run["curve"] if row["share"] == share]
         said += [f"the student for {kind} {mean_and_std(ends)}"] if ends else []
     return f"* {judge.replace('_', ' ')} over the guided teacher's: {', '.join(said)}."
 
@@ -121,13 +123,13 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     mean = lambda rows, key: [statistics.fmean(row[key] for row in same) for same in zip(*rows, strict=True)]  # noqa: E731
     for panel, judge in zip(figure.subplots(1, 2), ("strict", "second_judge"), strict=True):
         curve, rows = [run["curve"] for run in runs], [run["rows"] for run in runs]
-        x, y = mean(curve, "diversity"), mean(curve, judge)
+        x, y = mean(curve, "places"), mean(curve, judge)
         panel.plot(x, y, "o-", label="students (number: share of the one for diversity)")
         for share, *place in zip(mean(curve, "share"), x, y, strict=True):
             panel.annotate(f"{share:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
-        for row, *place in zip(runs[0]["rows"], mean(rows, "diversity"), mean(rows, judge), strict=True):
+        for row, *place in zip(runs[0]["rows"], mean(rows, "places"), mean(rows, judge), strict=True):
             panel.plot(*place, "s", label=row["name"])
-        panel.set(title=judge.replace("_", " "), xlabel="diversity")
+        panel.set(title=judge.replace("_", " "), xlabel="diversity of places")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(fontsize=8, frameon=False)
@@ -141,7 +143,7 @@ def cells(rows: Sequence[Row]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description="Is guidance worth its second forward?")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of training, for each student")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of training, for each student")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--shares", default="0,0.25,0.5,0.75,1", help="of the diverse student's weights")
     parser.add_argument("--only-table", action="store_true", help="train nothing")

@@ -43,7 +43,7 @@ from visalign.trainer import NonFiniteError, Trainer
 
 FOLDER, RECIPES = records.RESULTS / "toybox", Path(__file__).parent / "recipes"
 ONE_CORE = FOLDER / "one_core"
-LEFT_OUT = ("toybox_full", "toybox_reward_model", "toybox_noise_optimization", "toybox_rpo", "toybox_sd15")  # another length, task or model
+LEFT_OUT = ("toybox_full", "toybox_reward_model", "toybox_noise_optimization", "toybox_rpo", "toybox_sd15", "toybox_wan")  # other tasks
 SETTINGS = ("policy", "rewards", "trainer", "exploration", "transition", "credit", "ratio", "optimizer")  # of a recipe, kept with its run
 
 
