@@ -51,7 +51,7 @@ NO_POLICY = ("toybox_reward_model", "toybox_noise_optimization")
 
 @pytest.mark.parametrize("name", [name for name in config.packaged() if name.startswith("toybox") and name not in NO_POLICY])
 def test_every_recipe_of_the_toybox_takes_a_step(name: str, tmp_path: Path) -> None:
-    judge = "{use: segmental, of: toybox}" if name == "toybox_wan" else "1.0"
+    judge = "{use: segmental, of: {use: toybox}}" if name == "toybox_wan" else "1.0"
     small = ["eval.images=4", f"eval.rewards={{toybox: {judge}}}", "trainer.prompts=1", "trainer.micro_batch=8", "run.device=cpu"]
     trainer = build.trainer(config.load(name, [f"run.path={tmp_path}", *small]))
     row = trainer.step(1)
