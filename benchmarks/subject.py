@@ -1,4 +1,4 @@
-"""`python -m benchmarks.subject [--steps 60] [--every 10] [--seeds 0,1,2] [--only-table]`: RPO learns a subject.
+"""`python -m benchmarks.subject [--steps 40] [--every 8] [--seeds 0,1,2] [--only-table]`: RPO learns a subject.
 
 RPO (arXiv 2407.12164) learns one particular thing from a few pictures of it, and stops where a validation reward is highest, the λ-harmonic
 mean of likeness and prompt-following. Here the thing is a star of four points that the model has never seen, in sixteen pictures of eight
@@ -226,8 +226,8 @@ def write(folder: Path = FOLDER, target: Path = PAGE, picture: Path = PLOT) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.subject", description="RPO learns a subject.")
-    parser.add_argument("--steps", type=int, default=60, help="of training")
-    parser.add_argument("--every", type=int, default=10, help="steps between validations")
+    parser.add_argument("--steps", type=int, default=40, help="of training")
+    parser.add_argument("--every", type=int, default=8, help="steps between validations")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     given = parser.parse_args()
