@@ -177,7 +177,10 @@ def on_one_core(runs: Sequence[Run], seconds: float) -> list[str]:
     runs = [run for run in runs if run["seconds"] == seconds and run["seed"] in CHOSEN_ON]
     if not runs:
         return []
-    text = f"Again {seconds:g} s each, but on one thread, with Flow-GRPO beside the others. {made_on(runs)}"
+    text = (
+        f"Again {seconds:g} s each, but on one thread, with Flow-GRPO beside the others. Days differ in speed by up to a third, as runs of "
+    )
+    text += f"one recipe tell; at equal NFE that doesn't matter. {made_on(runs)}"
     gains = ["Raised for sure, by the same tests:", toybox_gains.gains_table(runs)]
     speeds = ["Seconds to the accuracy with which Flow-GRPO ends there:", toybox_gains.speed_table(runs)]
     return ["## On one core", text, main_table(runs), *gains, *speeds]
