@@ -162,7 +162,7 @@ def test_the_cost_page(tmp_path: Path) -> None:
 
 def test_the_page_of_students(tmp_path: Path) -> None:
     def judged(strict: float, nfe: float) -> dict[str, float]:
-        return {"strict": strict, "second_judge": 0.5, "clip_score": 0.6, "diversity": 0.3, "nfe": nfe}
+        return {"strict": strict, "second_judge": 0.5, "clip_score": 0.6, "diversity": 0.3, "places": 0.2, "nfe": nfe}
 
     students = {"quality": {"steps": 100}, "diverse": {"steps": 80}}
     runs = [
@@ -173,7 +173,7 @@ def test_the_page_of_students(tmp_path: Path) -> None:
     ]
     text = distillation.page(runs)
     assert row_of(text, "base, guidance 3") == [
-        "base, guidance 3", "10", "0.500 ± 0.000", "0.500 ± 0.000", "0.600 ± 0.000", "0.300 ± 0.000",
+        "base, guidance 3", "10", "0.500 ± 0.000", "0.500 ± 0.000", "0.600 ± 0.000", "0.300 ± 0.000", "0.200 ± 0.000",
     ]  # fmt: skip
     assert row_of(text, "student, quality")[:3] == ["student, quality", "5", "0.510 ± 0.014"]
     assert row_of(text, "0.5 of the way")[2] == "0.460 ± 0.014"

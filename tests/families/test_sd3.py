@@ -88,7 +88,7 @@ def test_unconditional_half_of_guidance_carries_no_gradient(policy: Policy) -> N
         grads.append(torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None]))
         for parameter in policy.trainable():
             parameter.grad = None
-    assert torch.allclose(grads[1], 3 * grads[0], rtol=1e-4, atol=1e-6)  # w · ∂v_c alone
+    assert (grads[1] - 3 * grads[0]).abs().max() < 1e-5 * grads[1].abs().max()  # w · ∂v_c alone
 
 
 def test_reference_is_the_adapter_switched_off(policy: Policy) -> None:
