@@ -15,6 +15,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         "Written by `python -m benchmarks.distillation`; don't edit.",
         f"Students of {runs[0]['seconds']:g} s of training each ({steps} steps; for quality alone, and for diversity as well), and weights "
         f"between theirs. {runs[0]['pictures']} held-out prompts, the same noise for all; mean ± std over {len(runs)} seeds. NFE are "
-        "forwards a picture.",
+        "forwards a picture. Diversity is that of what pictures show, to CLIP, which wrong pictures have, too; that of places, of what is "
+        "where, to the patches of DINO, is what the reward pays for.",
         markdown(["model", "NFE", "strict", "second judge", "CLIP score", "diversity", "of places"], lines),
         "\n".join(claim(runs, judge) for judge in ("strict", "second_judge", "diversity", "places")),
         "![accuracy over diversity, from the one student's weights to the other's](../assets/pictures/distillation_runs.png)",
@@ -112,24 +114,27 @@ def claim(runs: Sequence[dict[str, Any]], judge: str) -> str:
     for share, kind in ((0.0, "quality"), (1.0, "diversity")):
         ends = [row[judge] - run["rows"][-1][judge] for run in runs for row in run["curve"] if row["share"] == share]
         said += [f"the student for {kind} {mean_and_std(ends)}"] if ends else []
+    ends = [{row["share"]: row[judge] for row in run["curve"]} for run in runs]
+    adds = [found[1.0] - found[0.0] for found in ends if {0.0, 1.0} <= found.keys()]
+    said += [f"so the reward adds {mean_and_std(adds)}"] if adds else []
     return f"* {judge.replace('_', ' ')} over the guided teacher's: {', '.join(said)}."
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Both judges over diversity, averaged over seeds: the way from one student's weights to the other's, the base and its guidance."""
+    """Both judges over both diversities, means over seeds: the way from one student's weights to the other's, the base, its guidance."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=100)
+    figure = Figure(figsize=(9, 7), layout="constrained", dpi=100)
     mean = lambda rows, key: [statistics.fmean(row[key] for row in same) for same in zip(*rows, strict=True)]  # noqa: E731
-    for panel, judge in zip(figure.subplots(1, 2), ("strict", "second_judge"), strict=True):
-        curve, rows = [run["curve"] for run in runs], [run["rows"] for run in runs]
-        x, y = mean(curve, "places"), mean(curve, judge)
+    curve, rows = [run["curve"] for run in runs], [run["rows"] for run in runs]
+    for panel, (kind, judge) in zip(figure.subplots(2, 2).flat, product(("diversity", "places"), ("strict", "second_judge")), strict=True):
+        x, y = mean(curve, kind), mean(curve, judge)
         panel.plot(x, y, "o-", label="students (number: share of the one for diversity)")
         for share, *place in zip(mean(curve, "share"), x, y, strict=True):
             panel.annotate(f"{share:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
-        for row, *place in zip(runs[0]["rows"], mean(rows, "places"), mean(rows, judge), strict=True):
+        for row, *place in zip(runs[0]["rows"], mean(rows, kind), mean(rows, judge), strict=True):
             panel.plot(*place, "s", label=row["name"])
-        panel.set(title=judge.replace("_", " "), xlabel="diversity of places")
+        panel.set(xlabel="diversity of places" if kind == "places" else kind, ylabel=judge.replace("_", " "))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(fontsize=8, frameon=False)

@@ -62,7 +62,7 @@ def jobs() -> list[Job]:
     single = {"overhead": 1, "stock_call": 1, "verifier": 3, "preprocessing": 4, "reward_speed": 4, "credit": 8, "cost": 12}
     found = [Job(name, minutes, [RESULTS / f"{name}.json"], resumes=False) for name, minutes in single.items()]
     found += [Job("style_swap", 12, [RESULTS / "style_swap.json"]), Job("reward_model", 60, [RESULTS / "reward_model.json"])]
-    found.append(Job("distillation", 4.6, [distillation.FOLDER / f"{seed}.json" for seed in SEEDS]))
+    found.append(Job("distillation", 10, [distillation.FOLDER / f"{seed}.json" for seed in SEEDS]))
     found.append(Job("subject", 5, [subject.FOLDER / f"{seed}.json" for seed in SEEDS]))
     files = [condition.FOLDER / f"{'_'.join(case)}-{seed}.json" for case in condition.CASES for seed in SEEDS]
     found.append(Job("condition", 1.4, files))

@@ -51,9 +51,10 @@ class Diversity(Reward):
         self.encoder = None if measure == "tonal" else load_vision_encoder(checkpoint)
 
     def score(self, batch: RewardInput) -> RewardOutput:
-        """(N,) float32; embeddings "diversity" (N, D), where there is an encoder."""
+        """(N,) float32; embeddings "diversity" (N, D) of whole pictures, where there is an encoder."""
         assert batch.groups is not None, "the panel refuses a batch without groups"
-        features = self._seen(batch.images)
+        seen = None if self.encoder is None else self.encoder.encode(batch.images)
+        features = tones(batch.images) if seen is None else seen.image if self.features == "image" else seen.patches.flatten(1)
         sound = features.isfinite().all(1)
         member, whole = features.new_full((2, len(batch)), math.nan).unbind()
         for group in batch.groups.unique().tolist():
@@ -64,15 +65,8 @@ class Diversity(Reward):
         return RewardOutput.of(
             member if self.form == "member" else whole,
             components={"member": member, "set": whole},
-            embeddings={"diversity": features.detach()} if self.encoder else {},
+            embeddings={} if seen is None else {"diversity": seen.image.detach()},
         )
-
-    def _seen(self, images: Tensor) -> Tensor:
-        """(N, D)."""
-        if self.encoder is None:
-            return tones(images)
-        found = self.encoder.encode(images)
-        return found.image if self.features == "image" else found.patches.flatten(1)
 
     def _measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) of one group -> (n,) of members, () of the set."""

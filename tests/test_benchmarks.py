@@ -178,7 +178,8 @@ def test_the_page_of_students(tmp_path: Path) -> None:
     assert row_of(text, "student, quality")[:3] == ["student, quality", "5", "0.510 ± 0.014"]
     assert row_of(text, "0.5 of the way")[2] == "0.460 ± 0.014"
     assert "(100, 80 steps" in text
-    assert "* strict over the guided teacher's: the student for quality 0.010 ± 0.014, the student for diversity -0.090 ± 0.014." in text
+    assert "* strict over the guided teacher's: the student for quality 0.010 ± 0.014, the student for diversity -0.090 ± 0.014, " in text
+    assert "so the reward adds -0.100 ± 0.000." in text
     distillation.plot(runs, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 1000
 

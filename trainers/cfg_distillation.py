@@ -4,7 +4,7 @@ Guidance costs a second forward a step, and makes pictures of one prompt more al
 
 1. anchor: the model before training *with* guidance, at the states that the student itself reaches without any. `kl` weighs the distance.
 2. reward: how different the pictures of a prompt are (`diversity`, leave one out, so that centring by groups keeps the signal). Its weight
-   is the paper's β, so advantages are not divided by their spread. With weight 0 it is plain distillation. Pictures of a prompt have to
+   is the paper's β, so advantages are not divided by their spread. With weight 0 it is plain distillation. Pictures of a prompt should
    start from noises of their own (`exploration.shared_noise: false`): from one state, whoever is far from the others is so in any
    direction, and no step leads away from all of them.
 3. states: also the one after the last stochastic step is distilled, whose own step has no density.

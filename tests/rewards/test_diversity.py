@@ -42,6 +42,7 @@ def test_patches_see_that_the_same_things_are_elsewhere(dino: str) -> None:
     batch = RewardInput(moved, ["x"] * 2, groups=torch.zeros(2, dtype=torch.int64))
     whole, places = (Diversity(checkpoint=dino, features=features).score(batch) for features in ("image", "patches"))
     assert places.scores[0] > 2 * whole.scores[0] > 0
+    assert places.embeddings["diversity"].shape == whole.embeddings["diversity"].shape
     patches = Diversity(checkpoint=dino).encoder.encode(moved).patches  # pyright: ignore[reportOptionalMemberAccess]
     torch.testing.assert_close(places.scores[0], 1 - torch.cosine_similarity(*patches, dim=-1).mean())
 
